@@ -75,7 +75,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
 
 
 def _keep_choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    choices = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
+    aten = torch.ops.aten
+    choices = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.argmax.default)
     return CheckpointPolicy.MUST_SAVE if op in choices else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import exchange
@@ -94,7 +95,7 @@ class Dispatcher:
         num_slots = int(slot_E.max()) + 1
         rows_S = _sum_by(slots, arriving[:, 3], num_slots)
 
-        x_ND = _Spread.apply(x_TD, torch.div(row_N, num_choices, rounding_mode="floor"))
+        x_ND = _Spread.apply(x_TD, row_N, num_choices)
         x_MD = exchange(x_ND, send_R, receive_R, self.group)
         if arrival_M is not None:
             x_MD = _Permute.apply(x_MD, arrival_M, _inverse(arrival_M))
@@ -105,22 +106,22 @@ class Dispatcher:
         if sent.arrival_M is not None:
             y_MD = _Permute.apply(y_MD, _inverse(sent.arrival_M), sent.arrival_M)
         y_ND = exchange(y_MD, sent.receive_R, sent.send_R, self.group)
-        return _WeightedSum.apply(y_ND, weights_TK, sent.row_N)
+        return _WeightedSum.apply(y_ND, weights_TK.to(y_ND.dtype), sent.row_N)
 
 
 class _Spread(torch.autograd.Function):
     """Rows of tokens: one copy for every choice; gradients of a token's rows are summed."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor) -> Tensor:
-        ctx.save_for_backward(token_N)
-        ctx.num_tokens = x_TD.shape[0]
-        return x_TD.index_select(0, token_N)
+    def forward(ctx: Any, x_TD: Tensor, row_N: Tensor, num_choices: int) -> Tensor:
+        ctx.save_for_backward(row_N)
+        ctx.shape_TK = x_TD.shape[0], num_choices
+        return x_TD.index_select(0, torch.div(row_N, num_choices, rounding_mode="floor"))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (token_N,) = ctx.saved_tensors
-        return _sum_rows(grads[0], token_N, ctx.num_tokens), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (row_N,) = ctx.saved_tensors
+        return _sum_rows(grads[0], row_N, grads[0].new_ones(ctx.shape_TK)), None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -138,31 +139,55 @@ class _Permute(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """out[t] = sum of weights[t, k] * y over the rows of token t, accumulated in at least fp32."""
+    """out[t] = sum of weights[t, k] * y over the rows of token t, in one pass over the rows.
+
+    Sums of bf16 rows are accumulated in fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, weights_TK: Tensor, row_N: Tensor) -> Tensor:
-        num_tokens, num_choices = weights_TK.shape
+        num_choices = weights_TK.shape[1]
         token_N = torch.div(row_N, num_choices, rounding_mode="floor")
         weight_N = weights_TK.flatten()[row_N]
         ctx.save_for_backward(y_ND, weight_N, row_N, token_N)
         ctx.weights_shape = weights_TK.shape
-        return _sum_rows(y_ND * weight_N[:, None], token_N, num_tokens).to(y_ND.dtype)
+        return _sum_rows(y_ND, row_N, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         y_ND, weight_N, row_N, token_N = ctx.saved_tensors
         grad_ND = grads[0].index_select(0, token_N)
-        grad_weight_N = torch.linalg.vecdot(grad_ND, y_ND).to(weight_N.dtype)
+        grad_weight_N = torch.cat(
+            [torch.linalg.vecdot(g, y) for g, y in zip(_blocks(grad_ND), _blocks(y_ND), strict=True)]
+        )
         grad_weights = weight_N.new_zeros(ctx.weights_shape).flatten()
-        grad_weights[row_N] = grad_weight_N
-        grad_y_ND = (grad_ND * weight_N[:, None]).to(y_ND.dtype)
-        return grad_y_ND, grad_weights.view(ctx.weights_shape), None
+        grad_weights[row_N] = grad_weight_N.to(weight_N.dtype)
+        grad_ND *= weight_N[:, None]  # in place: every fresh block of memory costs page faults
+        return grad_ND, grad_weights.view(ctx.weights_shape), None
 
 
-def _sum_rows(y_ND: Tensor, token_N: Tensor, num_tokens: int) -> Tensor:
-    """Sum rows by token."""
-    return y_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add_(0, token_N, y_ND)
+def _blocks(x_ND: Tensor) -> tuple[Tensor, ...]:
+    """Views of at most 1,024 rows: temporaries of one stay in cache."""
+    return x_ND.split(1024)
+
+
+def _sum_rows(y_ND: Tensor, row_N: Tensor, weights_TK: Tensor) -> Tensor:
+    """Weighted sum of rows by token: `row_N` gives the place in [T*K] of every row."""
+    num_tokens, num_choices = weights_TK.shape
+    if not len(y_ND):
+        return y_ND.new_zeros(num_tokens, y_ND.shape[1])
+    place = torch.zeros(num_tokens * num_choices, dtype=row_N.dtype, device=row_N.device)
+    place[row_N] = torch.arange(len(row_N), device=row_N.device)
+    if len(row_N) < len(place):  # choices of no expert point anywhere, with weight 0
+        weights = torch.zeros_like(weights_TK).flatten()
+        weights[row_N] = weights_TK.flatten()[row_N]
+        weights_TK = weights.view(num_tokens, num_choices)
+    return F.embedding_bag(
+        place.view(num_tokens, num_choices),
+        y_ND,
+        mode="sum",
+        per_sample_weights=weights_TK,
+    )
 
 
 def _inverse(order_M: Tensor) -> Tensor:

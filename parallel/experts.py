@@ -17,6 +17,9 @@ from parallel.comm import exchange
 from parallel.plan import DispatchPlan
 
 
+BLOCK_ROWS = 256  # of an elementwise pass: its temporaries stay in the cache
+
+
 @dataclass(frozen=True)
 class SlotWeights:
     """Stacked weights by parameter name: native slots first, then borrowed ones, if any."""
@@ -171,24 +174,33 @@ def _slices(rows_S: list[int]) -> list[tuple[int, slice]]:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [M, 2F] halves; saves only its input."""
+    """silu(gate) * up of [M, 2F] halves; saves only its input, works in blocks that stay in cache."""
 
     @staticmethod
-    def forward(ctx: Any, h_MF2: Tensor) -> Tensor:
-        ctx.save_for_backward(h_MF2)
-        gate, up = h_MF2.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, h_MG: Tensor) -> Tensor:
+        ctx.save_for_backward(h_MG)
+        a_MF = h_MG.new_empty(h_MG.shape[0], h_MG.shape[1] // 2)
+        for h, a in zip(h_MG.split(BLOCK_ROWS), a_MF.split(BLOCK_ROWS), strict=True):
+            gate, up = h.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=a)
+        return a_MF
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (h_MF2,) = ctx.saved_tensors
-        gate, up = h_MF2.chunk(2, dim=-1)
-        grad_h = torch.empty_like(h_MF2)
-        grad_gate, grad_up = grad_h.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        torch.mul(grads[0], up, out=grad_gate)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_gate, gate))
-        return grad_h
+        (h_MG,) = ctx.saved_tensors
+        grad_h_MG = torch.empty_like(h_MG)
+        blocks = zip(
+            h_MG.split(BLOCK_ROWS),
+            grads[0].split(BLOCK_ROWS),
+            grad_h_MG.split(BLOCK_ROWS),
+            strict=True,
+        )
+        for h, grad_a, grad_h in blocks:
+            gate, up = h.chunk(2, dim=-1)
+            grad_gate, grad_up = grad_h.chunk(2, dim=-1)
+            torch.mul(grad_a, F.silu(gate), out=grad_up)
+            grad_gate.copy_(torch.ops.aten.silu_backward(grad_a * up, gate))
+        return grad_h_MG
 
 
 class _Lend(torch.autograd.Function):

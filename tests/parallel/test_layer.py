@@ -249,10 +249,11 @@ def gradient_rows_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradients_of_a_token_not_summed(patch: pytest.MonkeyPatch) -> None:
-    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_zeros(ctx.num_tokens, grad.shape[1])
-        out[ctx.saved_tensors[0]] = grad
-        return out, None
+    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        num_tokens, num_choices = ctx.shape_TK
+        out = grad.new_zeros(num_tokens, grad.shape[1])
+        out[ctx.saved_tensors[0] // num_choices] = grad
+        return out, None, None
 
     patch.setattr(dispatch_module._Spread, "backward", staticmethod(broken))
 
