@@ -8,16 +8,24 @@ counted twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.plan import DispatchPlan
+
+# Operators by which the routers of `transformers` choose experts; each returns (values, ids).
+CHOOSING = (
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+    torch.ops.aten.max.dim,
+)
 
 
 @dataclass(frozen=True)
@@ -70,30 +78,48 @@ def is_replaying() -> bool:
 def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """`context_fn` for torch.utils.checkpoint: keeps the choice of experts, counts and plans."""
     tape: list[Decision] = []
-    first, again = create_selective_checkpoint_contexts(_keep_choices)
-    return _Contexts(first, _tape, lambda: tape), _Contexts(again, _replay, lambda: iter(tape))
+    choices: list[tuple[Tensor, ...]] = []
+    return _Recording(tape, choices), _Repeating(tape, choices)
 
 
-def _keep_choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    aten = torch.ops.aten
-    choices = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.argmax.default)
-    return CheckpointPolicy.MUST_SAVE if op in choices else CheckpointPolicy.PREFER_RECOMPUTE
+class _Recording(TorchDispatchMode):
+    """The first forward: notes decisions and what the choosing operators returned."""
+
+    def __init__(self, tape: list[Decision], choices: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.tape, self.choices = tape, choices
+
+    def __enter__(self) -> _Recording:
+        self.token = _tape.set(self.tape)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _tape.reset(self.token)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = op(*args, **(kwargs or {}))
+        if op in CHOOSING:
+            self.choices.append(tuple(part.clone() for part in output))
+        return output
 
 
-class _Contexts(AbstractContextManager):
-    """One of the two contexts of a checkpoint together with its decision list."""
+class _Repeating(TorchDispatchMode):
+    """A repeated forward: the same decisions and choices, whatever rounding says this time."""
 
-    def __init__(
-        self, inner: AbstractContextManager, variable: ContextVar, value: Callable[[], Any]
-    ) -> None:
-        self.inner, self.variable, self.value = inner, variable, value
+    def __init__(self, tape: list[Decision], choices: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.tape, self.choices = tape, choices
 
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(self.inner)
-            token = self.variable.set(self.value())
-            stack.callback(self.variable.reset, token)
-            self.stack = stack.pop_all()
+    def __enter__(self) -> _Repeating:
+        self.token, self.next_choice = _replay.set(iter(self.tape)), iter(self.choices)
+        return super().__enter__()
 
-    def __exit__(self, *exception: Any) -> bool | None:
-        return self.stack.__exit__(*exception)
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _replay.reset(self.token)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in CHOOSING:
+            return tuple(part.clone() for part in next(self.next_choice))
+        return op(*args, **(kwargs or {}))

@@ -22,7 +22,9 @@ def full_model(family: str) -> nn.Module:
     """The unsplit model, the same on every rank and call."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        config = tiny_config(family)
+        config = tiny_config("qwen3_moe" if family == "two_experts" else family)
+        if family == "two_experts":
+            config.num_experts = 2
         config._experts_implementation = "eager"
         model = AutoModelForCausalLM.from_config(config).double()
         for parameter in model.parameters():  # biases and routers too, so that all of them matter
