@@ -1,0 +1,276 @@
+"""The torch engine against plain training on one process: losses, norms, parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.decisions import checkpoint_contexts, collect_decisions
+from parallel.mesh import ParallelMesh
+from parallel.model import moe_layers, parallelize
+from parallel.planners import home_plan
+from tests.parallel.test_families import full_model
+from tests.parallel.test_layer import RandomPlanner
+from tests.ranks import run_ranks
+from trainer.balance import AuxiliaryLoss, LossFreeBias, auxiliary_loss, moe_blocks
+from trainer.engine import TorchEngine
+from trainer.state import model_state
+
+STEPS, SEQUENCES, LENGTH = 3, 8, 10
+BALANCERS: dict[str, Any] = {
+    "none": lambda: [],
+    "auxiliary": lambda: [AuxiliaryLoss(0.3)],
+    "bias": lambda: [LossFreeBias(0.05)],
+}
+
+
+def sequences(step: int, vocab_size: int) -> dict[str, Tensor]:
+    """A global batch with uneven numbers of ignored labels."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    for sequence in range(SEQUENCES):
+        labels[sequence, : sequence % 5] = -100
+    positions = torch.arange(LENGTH).expand(SEQUENCES, LENGTH).clone()
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
+
+
+def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=0.05)
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def engine_run(case: dict[str, Any]) -> dict[str, Any]:
+    """Train on one rank of several; return metrics and this rank's parameters by logical key."""
+    model = full_model(case["family"])
+    mesh = ParallelMesh.build(ep=case["ep"], device_type="cpu")
+    parallelize(model, mesh, planner=case.get("planner", home_plan))
+    engine = TorchEngine(
+        model,
+        mesh,
+        make_optimizer=lambda m: make_optimizer(case["optimizer"], m.parameters()),
+        make_schedule=constant,
+        balancers=BALANCERS[case["balancer"]](),
+        recompute=case.get("recompute", False),
+        max_grad_norm=case["clip"],
+    )
+    metrics, counts = [], []
+    for step in range(STEPS):
+        batch = sequences(step, model.config.vocab_size)
+        mine = torch.arange(mesh.rank, SEQUENCES, mesh.world_size)
+        parts = mine.chunk(case["accumulate"])
+        stats = engine.train_step([{k: v[part] for k, v in batch.items()} for part in parts])
+        metrics.append(stats.metrics)
+        counts.append(stats.counts_LE)
+    state = {}
+    for key, value in model_state(model).items():
+        state[key] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    return {"metrics": metrics, "state": state, "counts": counts}
+
+
+def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
+    """The same training with the unsplit model on one process."""
+    model: Any = full_model(case["family"])
+    optimizer = make_optimizer(case["optimizer"], model.parameters())
+    blocks = [m for n, m in model.named_modules() if hasattr(m, "experts") and "experts" not in n]
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block in blocks:
+        router = getattr(block, "gate", None) or block.router
+        router.register_forward_hook(lambda m, i, output: seen.append((output[0], output[2])))
+    losses, norms, balance = [], [], []
+    for step in range(STEPS):
+        batch = sequences(step, model.config.vocab_size)
+        tokens = int((batch["labels"] != -100).sum())
+        total, extra, counts = 0.0, 0.0, 0
+        world = case["world"]
+        for rank in range(world):
+            for part in torch.arange(rank, SEQUENCES, world).chunk(case["accumulate"]):
+                seen.clear()
+                logits = model(
+                    input_ids=batch["input_ids"][part],
+                    position_ids=batch["position_ids"][part],
+                    use_cache=False,
+                ).logits
+                loss = F.cross_entropy(
+                    logits.flatten(0, 1), batch["labels"][part].flatten(), reduction="sum"
+                )
+                loss = loss / tokens
+                total += float(loss.detach())
+                if case["balancer"] == "auxiliary":
+                    for router_logits, ids in seen:
+                        share = len(part) / SEQUENCES / len(blocks)
+                        term = 0.3 * auxiliary_loss(router_logits, ids) * share
+                        extra += float(term.detach())
+                        loss = loss + term
+                num_experts = blocks[0].experts.num_experts
+                counts = counts + torch.stack(
+                    [torch.bincount(ids.flatten(), minlength=num_experts) for _, ids in seen]
+                )
+                loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if case["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        if case["balancer"] == "bias":
+            for block, counts_E in zip(blocks, counts.double(), strict=True):  # type: ignore[attr-defined]
+                for module in block.modules():
+                    bias = getattr(module, "e_score_correction_bias", None)
+                    if bias is not None:
+                        update = 0.05 * torch.sign(counts_E.mean() - counts_E)
+                        bias.data += update.to(bias).view_as(bias)
+                        break
+        losses.append(total)
+        balance.append(extra)
+        norms.append(float(norm))
+    state = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue  # the same tensor as the embedding
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith(".experts"):
+            for expert, part in enumerate(value):
+                state[f"{prefix}.{expert}.{last}"] = part
+        else:
+            state[name] = value
+    return {"losses": losses, "norms": norms, "balance": balance, "state": state}
+
+
+def check(case: dict[str, Any]) -> None:
+    results, oracle = run_ranks(engine_run, case["world"], case), oracle_run(case)
+    keys = set()
+    for result in results:
+        for step in range(STEPS):
+            metrics = result["metrics"][step]
+            assert metrics["train/loss"] == pytest.approx(oracle["losses"][step], rel=1e-9)
+            assert metrics["train/grad_norm"] == pytest.approx(oracle["norms"][step], rel=1e-9)
+            assert metrics["train/balance_loss"] == pytest.approx(
+                oracle["balance"][step], rel=1e-6, abs=1e-12
+            )
+        for key, value in result["state"].items():
+            torch.testing.assert_close(
+                value,
+                oracle["state"][key],
+                rtol=1e-7,
+                atol=1e-8,
+                msg=lambda m, key=key: f"{key}: {m}",
+            )
+        keys.update(result["state"])
+    assert keys == set(oracle["state"])
+
+
+BASE = {"family": "qwen3_moe", "balancer": "none", "optimizer": "adamw", "clip": 0.5}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_engine_equals_one_process(world: int, ep: int, accumulate: int) -> None:
+    check({**BASE, "world": world, "ep": ep, "accumulate": accumulate})
+
+
+def test_sgd_shows_gradient_scale() -> None:
+    check({**BASE, "world": 4, "ep": 2, "accumulate": 2, "optimizer": "sgd", "clip": 0.0})
+
+
+def test_experts_split_within_themselves() -> None:
+    """One expert per rank and EDP 2: the stacks are sharded on their second dim."""
+    check({**BASE, "world": 4, "ep": 2, "accumulate": 1, "family": "two_experts"})
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
+def test_loss_free_bias(family: str) -> None:
+    check({**BASE, "world": 2, "ep": 2, "accumulate": 2, "family": family, "balancer": "bias"})
+
+
+def test_auxiliary_loss() -> None:
+    check({**BASE, "world": 4, "ep": 2, "accumulate": 2, "balancer": "auxiliary"})
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "phimoe"])
+def test_recompute_keeps_choices_and_counts(family: str) -> None:
+    case = {**BASE, "world": 2, "ep": 2, "accumulate": 2, "family": family}
+    case["planner"] = RandomPlanner(3)
+    plain = run_ranks(engine_run, 2, case)
+    again = run_ranks(engine_run, 2, {**case, "recompute": True})
+    for a, b in zip(plain, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a["counts"], b["counts"], strict=True))
+        for key, value in a["state"].items():
+            torch.testing.assert_close(b["state"][key], value, rtol=1e-12, atol=1e-12)
+        for x, y in zip(a["metrics"], b["metrics"], strict=True):
+            assert x["moe/rows"] == y["moe/rows"]
+
+
+def test_bf16_keeps_fp32_masters_and_routers() -> None:
+    results = run_ranks(bf16_run, 2)
+    for dtypes, router_dtype, loss in results:
+        assert dtypes == {torch.float32}
+        assert router_dtype == torch.float32
+        assert loss == pytest.approx(results[0][2])
+
+
+def bf16_run() -> tuple[set[torch.dtype], torch.dtype, float]:
+    model: Any = full_model("qwen3_moe").float()
+    mesh = ParallelMesh.build(ep=2, device_type="cpu")
+    parallelize(model, mesh)
+    engine = TorchEngine(
+        model,
+        mesh,
+        make_optimizer=lambda m: make_optimizer("adamw", m.parameters()),
+        make_schedule=constant,
+        balancers=[],
+        bf16=True,
+    )
+    logits = []
+    _, block = moe_blocks(model)[0]
+    block.gate.register_forward_hook(lambda m, i, output: logits.append(output[0].dtype))
+    batch = sequences(0, model.config.vocab_size)
+    mine = torch.arange(mesh.rank, SEQUENCES, 2)
+    stats = engine.train_step([{k: v[mine] for k, v in batch.items()}])
+    assert all(layer.experts.gate_up_proj.dtype == torch.float32 for _, layer in moe_layers(model))
+    return {p.dtype for p in model.parameters()}, logits[0], stats.metrics["train/loss"]
+
+
+def test_repeated_forward_takes_the_first_choice() -> None:
+    """With routers that never choose the same twice, kept choices still fit rows and weights."""
+    (gradients,) = run_ranks(flipping_run, 1, True)
+    (expected,) = run_ranks(flipping_run, 1, False)
+    for key, value in expected.items():
+        torch.testing.assert_close(gradients[key], value, rtol=1e-10, atol=1e-10)
+
+
+def flipping_run(recompute: bool) -> dict[str, Tensor]:
+    """Gradients of the last layer's experts, whose router sees other scores when repeated."""
+    model: Any = full_model("qwen3_moe")
+    mesh = ParallelMesh.build(ep=1, device_type="cpu")
+    parallelize(model, mesh)
+    blocks = moe_blocks(model)
+    first_forward = {name: True for name, _ in blocks}
+    generator = torch.Generator().manual_seed(1)
+    for name, block in blocks:
+
+        def equal_logits(module: Any, inputs: Any, name: str = name) -> Any:
+            flip = 1.0 if first_forward[name] else -1.0  # a repeated router sees other scores
+            first_forward[name] = False
+            return (inputs[0] + flip * 5.0 * noise[name],)
+
+        noise = {n: torch.randn(1, 32, generator=generator, dtype=torch.float64) for n, _ in blocks}
+        block.gate.register_forward_pre_hook(equal_logits)
+    if recompute:
+        settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    ids = torch.arange(12).reshape(2, 6)
+    with collect_decisions() as decisions:
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.sum().backward()
+    assert len(decisions) == len(blocks)
+    _, layer = moe_layers(model)[-1]
+    return {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}

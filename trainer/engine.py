@@ -1,0 +1,270 @@
+"""Engines: one whole optimizer step. The torch engine: FSDP2 over dense axes, EP for experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from parallel.decisions import Decision, checkpoint_contexts, collect_decisions
+from parallel.layer import ExpertParallel
+from parallel.mesh import ParallelMesh
+from parallel.model import moe_layers
+from placement.table import ExpertPlacement
+from trainer.balance import Balancer
+from trainer.metrics import Metric, reduce_metrics
+from trainer.optim import grad_norm_
+from trainer.routing import routing_metrics
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did, reduced over all ranks and equal on each.
+
+    Attributes:
+        metrics: by name, see docs. counts_LE: int64 rows per layer and expert, global batch.
+        finite: False if the step was not applied because loss or gradient was not finite.
+    """
+
+    metrics: dict[str, float]
+    counts_LE: Tensor
+    finite: bool
+
+
+class Engine(Protocol):
+    """The cut that every engine fits: a whole optimizer step."""
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> StepStats: ...
+
+    def eval_step(self, batch: dict[str, Tensor]) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def relocate(self, new: ExpertPlacement) -> None: ...
+
+
+class TorchEngine:
+    """FSDP2 over all ranks for dense parameters and over EDP for experts, with fp32 masters.
+
+    Loss is the sum over tokens / the global token count and gradients are only ever summed, so
+    dense and expert gradients scale alike on every mesh.
+
+    Args:
+        model: from `parallelize`, in fp32, the same dense weights on all ranks.
+        make_optimizer: from the sharded model to its optimizer.
+        make_schedule: from the optimizer to its learning-rate schedule, stepped once a step.
+        balancers: attached in this order.
+        bf16: compute in bf16, routers and reductions in fp32.
+        recompute: activation checkpointing of every decoder layer; choices are kept.
+        max_grad_norm: clip above this norm; 0 for never.
+        reshard_after_forward: free gathered weights between forward and backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        *,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        make_schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+        balancers: list[Balancer],
+        bf16: bool = False,
+        recompute: bool = False,
+        compile: bool = False,
+        max_grad_norm: float = 1.0,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        self.mesh, self.balancers, self.max_grad_norm = mesh, balancers, max_grad_norm
+        self.model: Any = model.to(mesh.device)
+        for balancer in balancers:
+            balancer.attach(self.model)
+        if recompute:
+            settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        if compile:
+            for layer in decoder_layers(self.model):
+                layer.compile()
+        shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
+        self.optimizer = make_optimizer(self.model)
+        self.schedule = make_schedule(self.optimizer)
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> StepStats:
+        """One optimizer step over this rank's micro-batches; the same number on every rank."""
+        self.model.train()
+        num_tokens, num_positions = self._global_counts(micro_batches)
+        for balancer in self.balancers:
+            balancer.before_step(num_positions)
+        total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        with collect_decisions() as decisions:
+            for index, batch in enumerate(micro_batches):
+                self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+                loss = self._loss(batch)
+                (loss / num_tokens).backward()
+                total_loss += loss.detach()
+        norm = grad_norm_(
+            [p for p in self.model.parameters() if p.grad is not None],
+            self.max_grad_norm,
+            self.mesh.dp_group,
+        )
+        counts_LE = self._counts(decisions)
+        metrics = reduce_metrics(
+            {
+                "train/loss": Metric.sum(float(total_loss) / num_tokens),
+                "train/balance_loss": Metric.sum(sum(float(b.loss()) for b in self.balancers)),
+                **routing_metrics(decisions, self.model, self.mesh),
+            },
+            self.mesh.dp_group,
+        )
+        metrics["train/grad_norm"] = float(norm)
+        metrics["train/tokens"] = float(num_tokens)
+        metrics["train/lr"] = float(self.schedule.get_last_lr()[0])
+        finite = math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])
+        if finite:
+            self.optimizer.step()
+            self.schedule.step()
+            for balancer in self.balancers:
+                metrics.update(balancer.after_step(counts_LE))
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepStats(metrics, counts_LE, finite)
+
+    @torch.no_grad()
+    def eval_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sum of the loss and number of tokens of a batch over all ranks, float64 [2]."""
+        self.model.eval()
+        loss, tokens = self._loss(batch), (batch["labels"] != IGNORED).sum()
+        result = torch.stack([loss.double(), tokens.to(loss.device).double()])
+        dist.all_reduce(result, group=self.mesh.dp_group)
+        return result.cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schedule and balancer state; weights and moments are saved under logical keys."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "balancers": [balancer.state_dict() for balancer in self.balancers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.schedule.load_state_dict(state["schedule"])
+        for balancer, saved in zip(self.balancers, state["balancers"], strict=True):
+            balancer.load_state_dict(saved)
+
+    def relocate(self, new: ExpertPlacement) -> None:
+        """Not offered yet: placements change between runs, by resuming under another one."""
+        raise ValueError(
+            "placement cannot change during a run yet; save a checkpoint and resume with the new "
+            "placement"
+        )
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sum over this rank's tokens of the cross-entropy, in nats."""
+        device = self.mesh.device
+        logits_BSV = self.model(
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
+            use_cache=False,
+        ).logits
+        logits = logits_BSV.flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels = batch["labels"].to(device).flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    def _global_counts(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, int]:
+        """Tokens to predict and positions of the global batch."""
+        tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
+        positions = sum(batch["labels"].numel() for batch in micro_batches)
+        counts = torch.tensor([tokens, positions], device=self.mesh.device)
+        dist.all_reduce(counts, group=self.mesh.dp_group)
+        return max(1, int(counts[0])), max(1, int(counts[1]))
+
+    def _counts(self, decisions: list[Decision]) -> Tensor:
+        """Rows per layer and expert over the global batch: one collective for all layers."""
+        layers = moe_layers(self.model)
+        num_experts = layers[0][1].num_experts
+        counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64)
+        for decision in decisions:
+            counts_LE[decision.layer] += decision.counts_RE.sum(0)
+        counts_LE = counts_LE.to(self.mesh.device)
+        dist.all_reduce(counts_LE, group=self.mesh.edp_group)
+        return counts_LE.cpu()
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The repeated blocks of a causal LM: the module list that contains the MoE layers."""
+    first = moe_layers(model)[0][0].split(".")
+    for end in range(len(first) - 1, 0, -1):
+        parent = model.get_submodule(".".join(first[:end]))
+        if isinstance(parent, nn.ModuleList):
+            return list(parent)
+    raise ValueError(f"model {type(model).__name__} has no list of decoder layers")
+
+
+def shard(model: Any, mesh: ParallelMesh, *, bf16: bool, reshard_after_forward: bool) -> None:
+    """Shard in place with FSDP2: experts over EDP, all else over every rank; sums only."""
+    compute = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if bf16 else None)
+    routing = MixedPrecisionPolicy(param_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    # Buffers that a family declares as parameters (a selection bias) stay whole on every rank.
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+
+    def wrap(module: nn.Module, over: Any, mp_policy: MixedPrecisionPolicy, **kwargs: Any) -> None:
+        fully_shard(
+            module,
+            mesh=over,
+            mp_policy=mp_policy,
+            reshard_after_forward=reshard_after_forward,
+            ignored_params=frozen,
+            **kwargs,
+        )
+
+    for _, layer in moe_layers(model):
+        dim = 0 if len(layer.local_experts) % mesh.edp_size == 0 else 1
+        check_divisible(layer, mesh.edp_size, dim)
+        wrap(
+            layer,
+            mesh.expert["edp"],
+            policy,
+            shard_placement_fn=lambda parameter, dim=dim: Shard(dim),
+        )
+    if bf16:
+        for name, _ in moe_layers(model):
+            block = model.get_submodule(name.rpartition(".")[0])
+            router = getattr(block, "gate", None) or getattr(block, "router", None)
+            if isinstance(router, nn.Module):
+                wrap(router, mesh.dense["dp"], routing)
+    for block in decoder_layers(model):
+        wrap(block, mesh.dense["dp"], policy)
+    wrap(model, mesh.dense["dp"], policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)
+
+
+def check_divisible(layer: ExpertParallel, edp_size: int, dim: int) -> None:
+    """Refuse expert stacks that cannot be split evenly over the EDP group.
+
+    Raises:
+        ValueError: naming the stack, its size and the remedy.
+    """
+    for name in layer.experts.names:
+        shape = tuple(getattr(layer.experts, name).shape)
+        if shape[dim] % edp_size:
+            raise ValueError(
+                f"{name} {shape} cannot be split over {edp_size} expert-data-parallel ranks: "
+                f"neither experts per rank ({shape[0]}) nor width ({shape[1]}) is divisible; "
+                f"choose a larger mesh.ep"
+            )

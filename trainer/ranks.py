@@ -1,0 +1,76 @@
+"""The process group of a job: start it, agree in it, and say who is missing when it breaks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROLL_CALL_S = 5.0
+
+
+def start_ranks(timeout_s: float) -> None:
+    """Join the process group that torchrun describes, or make one of a single rank.
+
+    Uses NCCL for CUDA tensors where there is a GPU for every local rank, gloo for all others.
+
+    Raises:
+        ValueError: if there are more ranks on this node than GPUs.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(
+            os.environ.get("LOCAL_WORLD_SIZE", 1)
+        )
+        if local_world > torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun --nproc-per-node ({local_world}) must be <= the GPUs of this node "
+                f"({torch.cuda.device_count()}); or hide them with CUDA_VISIBLE_DEVICES= to use CPUs"
+            )
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+    )
+
+
+def missing_ranks() -> list[int]:
+    """Ranks that do not answer a roll call through the store within a few seconds.
+
+    For use after a collective failed: the process group is broken then, the store is not.
+    Empty if the store is gone too, or if every rank answers.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        store: Any = dist.distributed_c10d._get_default_store()
+        store.set(f"alive/{rank}", "1")
+        missing = []
+        for other in range(world):
+            try:
+                store.wait([f"alive/{other}"], datetime.timedelta(seconds=ROLL_CALL_S))
+            except (dist.DistStoreError, RuntimeError):
+                missing.append(other)
+        return missing
+    except (dist.DistError, RuntimeError):
+        return []
+
+
+def agree(value: float, group: dist.ProcessGroup, device: torch.device) -> float:
+    """The largest of the ranks' values, the same on all of them."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return float(tensor)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value (any picklable one), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

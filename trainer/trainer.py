@@ -1,0 +1,220 @@
+"""The training loop: data in, steps, evaluation, checkpoints, a report at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.schema import Config, OnNonfinite
+from parallel.mesh import ParallelMesh
+from trainer.checkpoint import Checkpointer
+from trainer.data import Data, GlobalBatches
+from trainer.engine import StepStats, TorchEngine
+from trainer.loggers import LoggerList
+from trainer.metrics import dead_experts, max_violation, memory_bytes
+from trainer.modeling import seeded
+from trainer.ranks import agree, from_rank_zero
+
+BITS_PER_NAT = 1.4426950408889634
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient norm was not finite; the message names the step and the saved batch."""
+
+
+@dataclass
+class Progress:
+    """Where training stands; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    rows: int = 0
+    rows_crossing: int = 0
+    skipped: int = 0
+    first_load_ratio: float | None = None
+    first_max_violation: float | None = None
+
+
+class Trainer:
+    """Runs optimizer steps until the configured number, a signal or the time limit."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        mesh: ParallelMesh,
+        data: Data,
+        engine: TorchEngine,
+        checkpointer: Checkpointer,
+        loggers: LoggerList,
+        model_flops_per_token: float,
+        peak_flops: float | None,
+    ) -> None:
+        self.config, self.mesh, self.data, self.engine = config, mesh, data, engine
+        self.checkpointer, self.loggers = checkpointer, loggers
+        self.model_flops_per_token, self.peak_flops = model_flops_per_token, peak_flops
+        self.batches = GlobalBatches(len(data.train), config.train.batch_size, config.seed)
+        self.progress = Progress()
+        self.last: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.signalled = False
+        self.saved_step: int | None = None
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, on any number of ranks and under any placement."""
+        extra = self.checkpointer.load(path, self.engine.model, self.engine.optimizer)
+        self.engine.load_state_dict(extra["engine"])
+        self.batches.load_state_dict(extra["data"])
+        self.progress = Progress(**extra["progress"])
+        self.saved_step = self.progress.step
+
+    def train(self) -> None:
+        """Train to the end of the run, or until it is told to stop; then save."""
+        train = self.config.train
+        started, first_step = time.monotonic(), self.progress.step
+        with self._signals():
+            while self.progress.step < train.steps and not self._must_stop(started):
+                start = time.monotonic()
+                stats = self._step()
+                seconds = time.monotonic() - start
+                step = self.progress.step
+                if train.eval_every and step % train.eval_every == 0 and step < train.steps:
+                    self.evaluate()
+                done = (step - first_step) / (train.steps - first_step)
+                left = (time.monotonic() - started) * (1 - done) / done
+                if step % train.log_every == 0 or step == train.steps:
+                    self.loggers.log(step, self._metrics(stats, seconds, left))
+                every = self.config.checkpoint.every
+                if every and step % every == 0 and step < train.steps:
+                    self.save()
+        if self.saved_step != self.progress.step:
+            self.save()
+        self.checkpointer.wait()
+
+    def save(self) -> None:
+        """Save everything that the next step depends on."""
+        extra = {
+            "config": self.config.resolved,
+            "model_config": self.engine.model.config.to_dict(),
+            "engine": self.engine.state_dict(),
+            "data": self.batches.state_dict(),
+            "progress": vars(self.progress),
+        }
+        # through JSON once, so that the background save cannot see later changes
+        extra = json.loads(json.dumps(extra, default=str))
+        self.checkpointer.save(
+            self.progress.step, self.engine.model, self.engine.optimizer, extra
+        )
+        self.saved_step = self.progress.step
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss (nats per token) and bits per byte, over all ranks."""
+        dataset, train = self.data.validation, self.config.train
+        per_round = train.micro_batch_size * self.mesh.world_size
+        num_rounds = -(-len(dataset) // per_round)
+        if train.eval_batches:
+            num_rounds = min(num_rounds, train.eval_batches)
+        total, num_bytes = torch.zeros(2, dtype=torch.float64), 0
+        for index in range(num_rounds):
+            ids = list(range(index * per_round, min((index + 1) * per_round, len(dataset))))
+            mine = ids[self.mesh.rank :: self.mesh.world_size]
+            total += self.engine.eval_step(dataset.batch(mine, pad_to=train.micro_batch_size))
+            num_bytes += dataset.label_bytes(ids)
+        nats = float(total[0])
+        self.validation = {
+            "validation/loss": nats / max(1.0, float(total[1])),
+            "validation/bits_per_byte": nats * BITS_PER_NAT / max(1, num_bytes),
+        }
+        return self.validation
+
+    def _step(self) -> StepStats:
+        train, progress = self.config.train, self.progress
+        ids = self.batches.next()
+        micro_batches = self.data.train.micro_batches(
+            ids, self.mesh.rank, self.mesh.world_size, train.micro_batch_size
+        )
+        with seeded(self.config.seed, f"step {progress.step} rank {self.mesh.rank}"):
+            stats = self.engine.train_step(micro_batches)
+        progress.step += 1
+        if not stats.finite:
+            self._nonfinite(stats, ids)
+            return stats
+        progress.tokens += int(stats.metrics["train/tokens"])
+        progress.rows += int(stats.metrics["moe/rows"])
+        progress.rows_crossing += int(stats.metrics["moe/rows_crossing"])
+        if progress.first_load_ratio is None:
+            progress.first_load_ratio = stats.metrics["moe/load_ratio"]
+            progress.first_max_violation = global_violation(stats)
+        return stats
+
+    def _nonfinite(self, stats: StepStats, ids: list[int]) -> None:
+        """Keep the batch's ids; then stop, or count the skipped step, as configured."""
+        path = Path(self.config.run.dir) / f"nonfinite-step-{self.progress.step}.json"
+        loss, norm = stats.metrics["train/loss"], stats.metrics["train/grad_norm"]
+        if self.mesh.rank == 0:
+            content = {"step": self.progress.step, "loss": str(loss), "grad_norm": str(norm)}
+            path.write_text(json.dumps({**content, "sequence_ids": ids}) + "\n")
+        self.progress.skipped += 1
+        if self.config.train.on_nonfinite is OnNonfinite.stop:
+            raise NonFiniteError(
+                f"step {self.progress.step}: loss {loss}, gradient norm {norm}; the step was not "
+                f"applied. Its sequence ids are in {path}. Set train.on_nonfinite=skip to go on"
+            )
+
+    def _metrics(self, stats: StepStats, seconds: float, left: float) -> dict[str, float]:
+        metrics = dict(stats.metrics)
+        tokens_per_s = metrics["train/tokens"] / seconds
+        metrics["speed/tokens_per_s"] = tokens_per_s
+        metrics["speed/tokens_per_s_per_rank"] = tokens_per_s / self.mesh.world_size
+        metrics["speed/step_s"] = seconds
+        metrics["speed/left_s"] = left
+        if self.peak_flops:
+            flops = self.model_flops_per_token * tokens_per_s / self.mesh.world_size
+            metrics["speed/model_flops_utilisation"] = flops / self.peak_flops
+        metrics["memory/bytes"] = memory_bytes(self.mesh.device)
+        metrics["moe/max_violation_global"] = global_violation(stats)
+        metrics["moe/dead_experts"] = float(dead_experts(stats.counts_LE))
+        for layer, counts_E in enumerate(stats.counts_LE):
+            metrics[f"layer/{layer}/max_violation"] = max_violation(counts_E)
+        metrics["train/skipped_steps"] = float(self.progress.skipped)
+        metrics.update(self.validation)
+        self.last = metrics
+        return metrics
+
+    def _must_stop(self, started: float) -> bool:
+        limit = self.config.train.stop_after_s
+        late = limit is not None and time.monotonic() - started > limit
+        stop = float(self.signalled or late)
+        return agree(stop, self.mesh.dp_group, self.mesh.device) > 0
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the current step, with a checkpoint."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signalled:  # asked twice: now
+                raise KeyboardInterrupt
+            self.signalled = True
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def global_violation(stats: StepStats) -> float:
+    """MaxVio of the global batch, mean over layers."""
+    values = [max_violation(counts_E) for counts_E in stats.counts_LE]
+    return sum(values) / len(values)
