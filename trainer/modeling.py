@@ -32,8 +32,9 @@ def family_config(family: str, overrides: dict[str, Any]) -> PretrainedConfig:
         near = difflib.get_close_matches(family, list(CONFIG_MAPPING), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"model.family ({family}) is not a model of transformers{hint}")
-    config = AutoConfig.for_model(family)
-    return override(config, overrides)
+    default = AutoConfig.for_model(family)
+    _refuse_unknown(default, overrides)
+    return AutoConfig.for_model(family, **overrides)
 
 
 def override(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
@@ -42,6 +43,13 @@ def override(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedC
     Raises:
         ValueError: for a field that the family does not have.
     """
+    _refuse_unknown(config, overrides)
+    stored_as = config.attribute_map
+    changed = {stored_as.get(field, field): value for field, value in overrides.items()}
+    return type(config).from_dict({**config.to_dict(), **changed})
+
+
+def _refuse_unknown(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     known = {**config.to_dict(), **config.attribute_map}
     for field in overrides:
         if field not in known and not hasattr(config, field):
@@ -50,9 +58,6 @@ def override(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedC
             raise ValueError(
                 f"model.overrides.{field}: {config.model_type} has no such field{hint}"
             )
-    changed = {**config.to_diff_dict(), **overrides}
-    changed.pop("model_type", None)
-    return type(config)(**changed)
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:
