@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from parallel.decisions import Decision, decide
 from parallel.dispatch import Dispatcher
 from parallel.experts import Experts
+from parallel.phases import phase
 from parallel.plan import DispatchPlan, Planner
 
 
@@ -52,12 +53,17 @@ class ExpertParallel(nn.Module):
             top_k_weights: [T, K].
         """
         x_TD, ids_TK = hidden_states, top_k_index.long()
-        plan = decide(lambda: self._decide(ids_TK)).plan
-        slot_E = self.slots(plan)
-        weights = self.experts.borrow(plan, self.dispatcher.group, slot_E)
-        sent = self.dispatcher.dispatch(x_TD, ids_TK, plan, slot_E)
-        y_MD = self.experts(sent.x_MD, sent.rows_S, weights)
-        return self.dispatcher.combine(y_MD, sent, top_k_weights)
+        with phase("decide"):
+            plan = decide(lambda: self._decide(ids_TK)).plan
+            slot_E = self.slots(plan)
+        with phase("borrow"):
+            weights = self.experts.borrow(plan, self.dispatcher.group, slot_E)
+        with phase("dispatch"):
+            sent = self.dispatcher.dispatch(x_TD, ids_TK, plan, slot_E)
+        with phase("compute"):
+            y_MD = self.experts(sent.x_MD, sent.rows_S, weights)
+        with phase("combine"):
+            return self.dispatcher.combine(y_MD, sent, top_k_weights)
 
     def _decide(self, ids_TK: Tensor) -> Decision:
         counts_RE = self.dispatcher.count(ids_TK)  # the layer's one host sync

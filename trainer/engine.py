@@ -18,6 +18,7 @@ from parallel.decisions import Decision, checkpoint_contexts, collect_decisions
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_layers
+from parallel.phases import time_phases
 from placement.table import ExpertPlacement
 from trainer.balance import Balancer
 from trainer.metrics import Metric, reduce_metrics
@@ -44,7 +45,9 @@ class StepStats:
 class Engine(Protocol):
     """The cut that every engine fits: a whole optimizer step."""
 
-    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> StepStats: ...
+    def train_step(
+        self, micro_batches: list[dict[str, Tensor]], *, time_layers: bool = False
+    ) -> StepStats: ...
 
     def eval_step(self, batch: dict[str, Tensor]) -> Tensor: ...
 
@@ -100,14 +103,22 @@ class TorchEngine:
         self.optimizer = make_optimizer(self.model)
         self.schedule = make_schedule(self.optimizer)
 
-    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> StepStats:
-        """One optimizer step over this rank's micro-batches; the same number on every rank."""
+    def train_step(
+        self, micro_batches: list[dict[str, Tensor]], *, time_layers: bool = False
+    ) -> StepStats:
+        """One optimizer step over this rank's micro-batches; the same number on every rank.
+
+        Args:
+            micro_batches: dicts of CPU tensors `input_ids`, `labels` (already shifted, -100 for
+                none), `position_ids`, each int64 [sequences, tokens].
+            time_layers: also report the seconds of the phases of the MoE layers.
+        """
         self.model.train()
         num_tokens, num_positions = self._global_counts(micro_batches)
         for balancer in self.balancers:
             balancer.before_step(num_positions)
         total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        with collect_decisions() as decisions:
+        with collect_decisions() as decisions, time_phases(time_layers) as seconds:
             for index, batch in enumerate(micro_batches):
                 self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
                 loss = self._loss(batch)
@@ -124,6 +135,7 @@ class TorchEngine:
                 "train/loss": Metric.sum(float(total_loss) / num_tokens),
                 "train/balance_loss": Metric.sum(sum(float(b.loss()) for b in self.balancers)),
                 **routing_metrics(decisions, self.model, self.mesh),
+                **{f"phase/{name}_s": Metric.max(s) for name, s in seconds.items() if time_layers},
             },
             self.mesh.dp_group,
         )

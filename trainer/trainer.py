@@ -144,7 +144,9 @@ class Trainer:
             ids, self.mesh.rank, self.mesh.world_size, train.micro_batch_size
         )
         with seeded(self.config.seed, f"step {progress.step} rank {self.mesh.rank}"):
-            stats = self.engine.train_step(micro_batches)
+            every = train.time_layers_every
+            timed = bool(every) and (progress.step + 1) % every == 0
+            stats = self.engine.train_step(micro_batches, time_layers=timed)
         progress.step += 1
         if not stats.finite:
             self._nonfinite(stats, ids)
