@@ -6,9 +6,12 @@ import difflib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,6 +23,26 @@ from parallel.plan import Planner
 from placement.table import ExpertPlacement
 from trainer.export import HFCheckpoint
 from trainer.state import model_state
+
+UNDECLARED = ("head_dim",)  # read by attention layers of families that do not declare it
+
+
+def local_checkpoint(source: str) -> str:
+    """The directory of a Hugging Face checkpoint: as given, or fetched from the hub by its id.
+
+    Raises:
+        ValueError: if there is no such directory and the hub has or gives no such model.
+    """
+    if Path(source).is_dir():
+        return source
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    try:
+        return str(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"model.source ({source}) is neither a directory nor a model that the Hugging Face hub "
+            f"gave out: {error}"
+        ) from error
 
 
 def family_config(family: str, overrides: dict[str, Any]) -> PretrainedConfig:
@@ -50,10 +73,10 @@ def override(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedC
 
 
 def _refuse_unknown(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    known = {**config.to_dict(), **config.attribute_map}
+    known = {*config.to_dict(), *config.attribute_map, *UNDECLARED}
     for field in overrides:
         if field not in known and not hasattr(config, field):
-            near = difflib.get_close_matches(field, list(known), n=3)
+            near = difflib.get_close_matches(field, known, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(
                 f"model.overrides.{field}: {config.model_type} has no such field{hint}"

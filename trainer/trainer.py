@@ -13,17 +13,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs.schema import Config, OnNonfinite
 from parallel.mesh import ParallelMesh
+from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
-from trainer.data import Data, GlobalBatches
+from trainer.data import Data
 from trainer.engine import StepStats, TorchEngine
 from trainer.loggers import LoggerList
 from trainer.metrics import dead_experts, max_violation, memory_bytes
 from trainer.modeling import seeded
-from trainer.ranks import agree, from_rank_zero
+from trainer.ranks import agree
 
 BITS_PER_NAT = 1.4426950408889634
 
@@ -57,18 +57,24 @@ class Trainer:
         engine: TorchEngine,
         checkpointer: Checkpointer,
         loggers: LoggerList,
-        model_flops_per_token: float,
-        peak_flops: float | None,
+        placement: ExpertPlacement,
+        flops_per_token: float,
     ) -> None:
         self.config, self.mesh, self.data, self.engine = config, mesh, data, engine
         self.checkpointer, self.loggers = checkpointer, loggers
-        self.model_flops_per_token, self.peak_flops = model_flops_per_token, peak_flops
-        self.batches = GlobalBatches(len(data.train), config.train.batch_size, config.seed)
+        self.placement, self.flops_per_token = placement, flops_per_token
+        self.batches = data.batches(config.train.batch_size, config.seed)
         self.progress = Progress()
         self.last: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.signalled = False
         self.saved_step: int | None = None
+        self.step_tokens, self.step_seconds = 0.0, 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second over the steps of this start of the run, saves and validation apart."""
+        return self.step_tokens / self.step_seconds if self.step_seconds else 0.0
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, on any number of ranks and under any placement."""
@@ -87,7 +93,10 @@ class Trainer:
                 start = time.monotonic()
                 stats = self._step()
                 seconds = time.monotonic() - start
+                self.step_tokens += stats.metrics["train/tokens"]
+                self.step_seconds += seconds
                 step = self.progress.step
+                self.checkpointer.poll()  # a failed background save ends the run now
                 if train.eval_every and step % train.eval_every == 0 and step < train.steps:
                     self.evaluate()
                 done = (step - first_step) / (train.steps - first_step)
@@ -109,6 +118,10 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "data": self.batches.state_dict(),
             "progress": vars(self.progress),
+            "placement": {
+                "num_ranks": self.placement.num_ranks,
+                "home": self.placement.home_LE.tolist(),
+            },
         }
         # through JSON once, so that the background save cannot see later changes
         extra = json.loads(json.dumps(extra, default=str))
@@ -118,22 +131,23 @@ class Trainer:
         self.saved_step = self.progress.step
 
     def evaluate(self) -> dict[str, float]:
-        """Validation loss (nats per token) and bits per byte, over all ranks."""
-        dataset, train = self.data.validation, self.config.train
-        per_round = train.micro_batch_size * self.mesh.world_size
-        num_rounds = -(-len(dataset) // per_round)
-        if train.eval_batches:
-            num_rounds = min(num_rounds, train.eval_batches)
-        total, num_bytes = torch.zeros(2, dtype=torch.float64), 0
-        for index in range(num_rounds):
-            ids = list(range(index * per_round, min((index + 1) * per_round, len(dataset))))
-            mine = ids[self.mesh.rank :: self.mesh.world_size]
+        """Validation loss (nats per token) and bits per byte, over all ranks.
+
+        Of `eval_batches` batches of sequences at equal distances through the validation split.
+        """
+        dataset, train, world = self.data.validation, self.config.train, self.mesh.world_size
+        if dataset is None:
+            return {}
+        ids = dataset.spread(train.eval_batches * train.batch_size)
+        per_round = train.micro_batch_size * world
+        total = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(ids), per_round):
+            mine = ids[start : start + per_round][self.mesh.rank :: world]
             total += self.engine.eval_step(dataset.batch(mine, pad_to=train.micro_batch_size))
-            num_bytes += dataset.label_bytes(ids)
-        nats = float(total[0])
+        nats, tokens = total.tolist()
         self.validation = {
-            "validation/loss": nats / max(1.0, float(total[1])),
-            "validation/bits_per_byte": nats * BITS_PER_NAT / max(1, num_bytes),
+            "validation/loss": nats / max(1.0, tokens),
+            "validation/bits_per_byte": nats * BITS_PER_NAT / max(1, dataset.label_bytes(ids)),
         }
         return self.validation
 
@@ -180,9 +194,9 @@ class Trainer:
         metrics["speed/tokens_per_s_per_rank"] = tokens_per_s / self.mesh.world_size
         metrics["speed/step_s"] = seconds
         metrics["speed/left_s"] = left
-        if self.peak_flops:
-            flops = self.model_flops_per_token * tokens_per_s / self.mesh.world_size
-            metrics["speed/model_flops_utilisation"] = flops / self.peak_flops
+        if self.config.cluster.flops:
+            flops = self.flops_per_token * tokens_per_s / self.mesh.world_size
+            metrics["speed/model_flops_utilisation"] = flops / self.config.cluster.flops
         metrics["memory/bytes"] = memory_bytes(self.mesh.device)
         metrics["moe/max_violation_global"] = global_violation(stats)
         metrics["moe/dead_experts"] = float(dead_experts(stats.counts_LE))

@@ -1,0 +1,220 @@
+"""What the schema and the groups say about themselves, for `--help` and the reference."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING
+
+from configs import schema
+from configs.rules import bounds_text
+
+FOLDER = Path(__file__).parent
+EXAMPLES = (
+    ("Train the quickstart on two ranks", "torchrun --nproc-per-node 2 -m {train} {quickstart}"),
+    (
+        "Train on your own text on 8 GPUs",
+        "torchrun --nproc-per-node 8 -m {train} data=text data.sources.text.paths='[corpus/*.txt]' "
+        "train.precision=bf16 train.steps=1000 train.batch_size=64 train.micro_batch_size=8 "
+        "train.seq_len=1024",
+    ),
+    (
+        "Continue a Hugging Face MoE",
+        "torchrun --nproc-per-node 8 -m {train} model=hf model.source=allenai/OLMoE-1B-7B-0924 "
+        "data=text data.sources.text.paths='[corpus/*.txt]' "
+        "data/tokenizer=hf train.precision=bf16 train.steps=1000 "
+        "train.batch_size=64 train.micro_batch_size=1 train.seq_len=4096",
+    ),
+    (
+        "Try several values, one run after the other",
+        "torchrun --nproc-per-node 2 -m {train} -m {quickstart} balance=auto,none seed=0,1",
+    ),
+    ("Show the configuration without training", "python -m {train} {quickstart} --cfg job"),
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One value of the schema: full key, type, default and bounds in words, documentation."""
+
+    key: str
+    type: str
+    default: str
+    bounds: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One file of a group: its name, what it says about itself, whether it is the default."""
+
+    group: str
+    name: str
+    text: str
+    is_default: bool
+
+
+def examples() -> list[tuple[str, str]]:
+    """Example commands of the trainer, each with what it does."""
+    names = {"train": "trainer.train", "quickstart": "experiment=quickstart"}
+    return [(what, command.format(**names)) for what, command in EXAMPLES]
+
+
+def fields(cls: type = schema.Config, prefix: str = "") -> list[Field]:
+    """Every value of a schema class and of the classes in it, in the order of the source."""
+    hints = typing.get_type_hints(cls, vars(schema))
+    texts = _field_texts()[cls.__name__]
+    found: list[Field] = []
+    for item in dataclasses.fields(cls):
+        hint, key = hints[item.name], prefix + item.name
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            found += fields(hint, f"{key}.")
+        else:
+            default = _default(item, key)
+            found.append(Field(key, _type(hint), default, bounds_text(key), texts[item.name]))
+    return found
+
+
+def choices() -> list[Choice]:
+    """Every file of every group, by group and name."""
+    defaults = set(_defaults(FOLDER / "config.yaml", ""))
+    found = []
+    for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
+        group = path.parent.relative_to(FOLDER).as_posix()
+        is_default = (group, path.stem) in defaults
+        found.append(Choice(group, path.stem, _first_comment(path), is_default))
+    return found
+
+
+def _defaults(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Group and choice of every entry of a file's defaults list, and of the files it names."""
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []):
+        if not isinstance(entry, dict):
+            continue
+        for group, chosen in entry.items():
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                file = FOLDER / f"{prefix}{group}" / f"{name}.yaml"
+                if file.exists():
+                    yield f"{prefix}{group}", name
+                    yield from _defaults(file, f"{prefix}{group}/")
+
+
+def help_text() -> str:
+    """The answer to `python -m trainer.train --help`."""
+    lines = [
+        "Evenkeel trains mixture-of-experts language models with expert parallelism.",
+        "",
+        "  torchrun --nproc-per-node RANKS -m trainer.train [GROUP=CHOICE | KEY=VALUE] ...",
+        "",
+        "One process without torchrun works too: python -m trainer.train ...",
+    ]
+    lines += ["", "EXAMPLES"]
+    for what, command in examples():
+        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    lines += ["", "GROUPS (GROUP=CHOICE; * is the default)"]
+    group = ""
+    for choice in choices():
+        if choice.group != group:
+            group = choice.group
+            lines += ["", f"  {group}"]
+        mark = "*" if choice.is_default else " "
+        lines.append(f"   {mark}{choice.name:<13} {choice.text}")
+    lines += ["", "VALUES (KEY=VALUE)"]
+    section = ""
+    for field in fields():
+        if field.key.rpartition(".")[0] != section:
+            section = field.key.rpartition(".")[0]
+            lines.append("")
+        about = ", ".join(part for part in (field.type, field.bounds, field.default) if part)
+        lines += [f"  {field.key}  ({about})", *_wrap(field.text, 6)]
+    lines += [
+        "",
+        "FLAGS",
+        "",
+        "  -m          run every combination of the values given as KEY=A,B,C; each job has its",
+        "              own folder run.dir/KEY=VALUE,...",
+        "  --cfg job   print the composed configuration and stop",
+        "  --help      this text; --hydra-help: all flags",
+        "",
+        "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def help_node() -> dict[str, Any]:
+    """The node of Hydra's group hydra/help: a template without anything left to fill in."""
+    text = help_text().replace("${run.name}", "<run.name>").replace("${run.dir}", "<run.dir>")
+    assert "$" not in text, "a $ would be filled in by Hydra"
+    return {"app_name": "evenkeel", "header": "", "footer": "", "template": text}
+
+
+@cache
+def _field_texts() -> dict[str, dict[str, str]]:
+    """Class -> field -> the string under the field."""
+    texts: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        texts[node.name] = {
+            field.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
+            for field, text in zip(node.body, node.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+    return texts
+
+
+def _type(hint: Any) -> str:
+    if hint is Any:
+        return "node"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(member.name for member in hint)
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return text.replace("typing.", "").replace("None", "null")
+
+
+def _default(item: dataclasses.Field[Any], key: str) -> str:
+    value = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        value = item.default_factory()
+    group = key.split(".")[0]
+    if (FOLDER / group).is_dir() and (value == MISSING or "." not in key):
+        return f"set by the group {group}"
+    if value == MISSING:
+        return "required"
+    if isinstance(value, Enum):
+        return f"default {value.name}"
+    if value is None or isinstance(value, bool):
+        return f"default {'null' if value is None else str(value).lower()}"
+    return f"default {value}"
+
+
+def _first_comment(path: Path) -> str:
+    """The first comment of a file that is not an instruction to Hydra."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ")
+        if not line.startswith("#"):
+            break
+    return ""
+
+
+def _wrap(text: str, indent: int, joint: str = "") -> list[str]:
+    lines = textwrap.wrap(text, 96 - indent, break_long_words=False, break_on_hyphens=False)
+    ends = [joint] * (len(lines) - 1) + [""]
+    return [f"{' ' * indent}{line}{end}" for line, end in zip(lines, ends, strict=True)]

@@ -1,0 +1,235 @@
+"""Bounds of every number and rules between fields, in one pure function."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "mesh.ep": 1,
+    "mesh.ranks_per_node": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.seq_len": 2,
+    "train.max_grad_norm": 0,
+    "train.eval_every": 0,
+    "train.eval_batches": 0,
+    "train.log_every": 1,
+    "train.time_layers_every": 0,
+    "train.generate": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "data.num_bytes": 1,
+    "data.validation_fraction": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup_steps": 0,
+    "optim.decay_steps": 0,
+    "optim.min_lr_ratio": 0,
+    "cluster.latency_us": 0,
+}
+ABOVE: dict[str, float] = {
+    "mesh.timeout_s": 0,
+    "train.stop_after_s": 0,
+    "optim.lr": 0,
+    "optim.eps": 0,
+    "cluster.intra_gbps": 0,
+    "cluster.inter_gbps": 0,
+    "cluster.flops": 0,
+}
+AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1}
+BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63}
+
+NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+MAX_POSITIONS = ("max_position_embeddings",)
+
+
+def check(
+    config: Config,
+    world_size: int,
+    *,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    max_positions: int | None = None,
+) -> None:
+    """Refuse a configuration whose values are out of bounds or do not fit each other.
+
+    Args:
+        world_size: number of ranks of the job.
+        num_experts, top_k, max_positions: of the model, once it is known; before that, what
+            `model.overrides` says about them is used.
+
+    Raises:
+        ValueError: with one line per problem, each naming key, value, bound and remedy.
+    """
+    problems = [
+        *_bounds(config),
+        *_names(config),
+        *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
+        *_batch(config, world_size),
+        *_schedule(config),
+        *_model(
+            config,
+            num_experts or _override(config, NUM_EXPERTS),
+            top_k or _override(config, TOP_K),
+            max_positions or _override(config, MAX_POSITIONS),
+        ),
+        *_data(config),
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive integer, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def bounds_text(key: str) -> str:
+    """The bounds of a field in words, such as `> 0` or `>= 0, <= 1`; empty without bounds."""
+    tables = ((">=", AT_LEAST), (">", ABOVE), ("<=", AT_MOST), ("<", BELOW))
+    return ", ".join(f"{sign} {table[key]}" for sign, table in tables if key in table)
+
+
+def _bounds(config: Config) -> Iterator[str]:
+    for key in sorted({*AT_LEAST, *ABOVE, *AT_MOST, *BELOW}):
+        value = _value(config, key)
+        if value is None:
+            continue
+        inside = (
+            math.isfinite(value)
+            and value >= AT_LEAST.get(key, -math.inf)
+            and value > ABOVE.get(key, -math.inf)
+            and value <= AT_MOST.get(key, math.inf)
+            and value < BELOW.get(key, math.inf)
+        )
+        if not inside:
+            yield f"{key} ({value}) must be {bounds_text(key)}"
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas ({betas}) must be two numbers, each >= 0 and < 1"
+
+
+def _names(config: Config) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
+        yield f"run.name ({config.run.name!r}) must be made of letters, digits and . _ -"
+    for key in ("run.dir", "checkpoint.export_dir", "checkpoint.resume"):
+        if not _value(config, key).strip():
+            yield f"{key} is empty; leave it out for its default"
+
+
+def _mesh(config: Config, world_size: int, num_experts: int | None) -> Iterator[str]:
+    ep, ranks_per_node = config.mesh.ep, config.mesh.ranks_per_node
+    fitting = divisors(math.gcd(world_size, num_experts or world_size))
+    if ep is not None and ep >= 1:
+        if world_size % ep:
+            yield (
+                f"mesh.ep ({ep}) must divide the world size ({world_size}); use {_either(fitting)}"
+            )
+        elif num_experts and num_experts % ep:
+            yield (
+                f"mesh.ep ({ep}) must divide the number of experts ({num_experts}); "
+                f"use {_either(fitting)}"
+            )
+    if ranks_per_node is not None and ranks_per_node >= 1 and world_size % ranks_per_node:
+        yield (
+            f"mesh.ranks_per_node ({ranks_per_node}) must divide the world size ({world_size}); "
+            f"use {_either(divisors(world_size))}"
+        )
+
+
+def _batch(config: Config, world_size: int) -> Iterator[str]:
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    unit = world_size * micro
+    if batch >= 1 and micro >= 1 and batch % unit:
+        below = batch // unit * unit
+        near = [size for size in (below, below + unit) if size]
+        yield (
+            f"train.batch_size ({batch}) must be a multiple of the world size ({world_size}) x "
+            f"train.micro_batch_size ({micro}) = {unit}; use {_either(near)}"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup_steps > steps:
+        yield f"optim.warmup_steps ({optim.warmup_steps}) must be <= train.steps ({steps})"
+    if optim.schedule.name == "wsd":
+        if optim.decay_steps == 0:
+            yield "optim.decay_steps (0) must be >= 1 with optim.schedule=wsd"
+        elif optim.warmup_steps + optim.decay_steps > steps:
+            yield (
+                f"optim.warmup_steps ({optim.warmup_steps}) + optim.decay_steps "
+                f"({optim.decay_steps}) must be <= train.steps ({steps})"
+            )
+    elif optim.decay_steps:
+        yield (
+            f"optim.decay_steps ({optim.decay_steps}) has no meaning with "
+            f"optim.schedule={optim.schedule.name}; use optim.schedule=wsd or leave it out"
+        )
+
+
+def _model(
+    config: Config, num_experts: int | None, top_k: int | None, max_positions: int | None
+) -> Iterator[str]:
+    model = config.model
+    if model.source is None and model.family is None:
+        yield (
+            "model.source and model.family are both null; give model.source, a path or hub id, "
+            "to continue a checkpoint, or model.family for fresh weights"
+        )
+    if model.source is not None and model.family is not None:
+        yield (
+            f"model.family ({model.family}) is for fresh weights, model.source ({model.source}) "
+            f"brings its own family; choose model=hf to continue a checkpoint"
+        )
+    if num_experts and top_k and top_k > num_experts:
+        yield (
+            f"model.top_k ({top_k}, experts per token) must be <= model.num_experts ({num_experts})"
+        )
+    if max_positions and config.train.seq_len > max_positions:
+        yield (
+            f"train.seq_len ({config.train.seq_len}) must be <= max_position_embeddings of the "
+            f"model ({max_positions}); shorten it or raise model.overrides.max_position_embeddings"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.sources:
+        yield "data.sources is empty; choose a data group such as data=stdlib or add a source"
+    if not data.weights:
+        return
+    missing, unknown = data.sources.keys() - data.weights.keys(), data.weights.keys() - data.sources
+    if missing or unknown:
+        yield (
+            f"data.weights names {sorted(data.weights)} but data.sources has "
+            f"{sorted(data.sources)}; give every source a weight (0 leaves it out)"
+        )
+    bad = {n: w for n, w in data.weights.items() if not (w >= 0 and math.isfinite(w))}
+    if bad or not any(data.weights.values()):
+        yield f"data.weights ({data.weights}) must be >= 0, and one of them > 0"
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _override(config: Config, names: tuple[str, ...]) -> int | None:
+    found = [config.model.overrides[name] for name in names if name in config.model.overrides]
+    return found[0] if found and isinstance(found[0], int) and found[0] > 0 else None
+
+
+def _either(numbers: list[int]) -> str:
+    text = [str(number) for number in numbers]
+    return text[0] if len(text) == 1 else f"{', '.join(text[:-1])} or {text[-1]}"

@@ -1,0 +1,255 @@
+"""The values that Evenkeel owns: typed, documented, checked before anything is built.
+
+The text under a field is its documentation: `python -m trainer.train --help` and
+docs/configuration.md print it. `check` (configs/rules.py) holds every bound and every rule
+between fields.
+Slots with several implementations (engine, planner, placement, balance, logger, sources and
+tokenizer of the data) are `_target_` nodes instead; configs/slots.py checks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from configs.rules import check
+
+__all__ = ["Config", "check"]
+
+
+class Precision(Enum):
+    """Number format of the forward and backward pass; master weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ActivationCheckpointing(Enum):
+    """What the backward pass computes again instead of keeping it in memory."""
+
+    none = "none"
+    full = "full"
+
+
+class OnNonfinite(Enum):
+    """What a NaN or infinite loss or gradient does to the run."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class InvalidUtf8(Enum):
+    """What happens to bytes of the corpus that are not UTF-8."""
+
+    replace = "replace"
+    refuse = "refuse"
+
+
+@dataclass
+class RunConfig:
+    """Name and place of a run."""
+
+    name: str = "evenkeel"
+    """Name of the run: letters, digits and `. _ -`."""
+    dir: str = "runs/${run.name}"
+    """Folder of the run: resolved config, metrics, checkpoints, export. A relative path starts
+    where the command was started. In a sweep it must differ from job to job."""
+
+
+@dataclass
+class MeshConfig:
+    """How the ranks are arranged."""
+
+    ep: int | None = None
+    """Ranks of an expert-parallel group, a divisor of the number of ranks and of the number of
+    experts. null: the largest such divisor."""
+    ranks_per_node: int | None = None
+    """Ranks that share a node, a divisor of the number of ranks. null: as torchrun says."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective that a rank did not join ends the run."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    batch_size: int = MISSING
+    """Sequences per optimizer step, over all ranks: a multiple of ranks x micro_batch_size."""
+    micro_batch_size: int = MISSING
+    """Sequences per rank and forward pass; less needs less memory and changes no number."""
+    seq_len: int = MISSING
+    """Tokens per sequence."""
+    precision: Precision = Precision.fp32
+    """Number format of the forward and backward pass; master weights stay fp32."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """full: compute activations again in the backward pass, for less memory and more time."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile, where it works."""
+    max_grad_norm: float = 1.0
+    """Norm to which larger gradients are scaled down. 0: off."""
+    eval_every: int = 0
+    """Steps between validations. 0: only at the end."""
+    eval_batches: int = 8
+    """Batches of batch_size sequences per validation. 0: the whole validation split."""
+    log_every: int = 1
+    """Steps between two lines of metrics."""
+    time_layers_every: int = 0
+    """Steps between two timings of the phases of the MoE layers, which slow that step. 0: off."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """A NaN or infinite loss or gradient: stop and save the ids of the batch, or skip the step
+    and count it."""
+    generate: int = 0
+    """Tokens of sample text generated at the end. 0: none."""
+    stop_after_s: float | None = None
+    """Seconds of training after which the run saves and ends early. null: no limit."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints and the exported model."""
+
+    every: int = 0
+    """Steps between checkpoints. 0: only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints that are kept."""
+    resume: str = "auto"
+    """auto: from the newest complete checkpoint of run.dir, if there is one. none: from the
+    start. Otherwise the path of a checkpoint."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on."""
+    export: bool = True
+    """Write the trained model as a Hugging Face directory at the end."""
+    export_dir: str = "${run.dir}/export"
+    """Folder of the exported model; must be empty or absent."""
+
+
+@dataclass
+class ModelConfig:
+    """The model: a checkpoint to continue, or fresh weights of a family."""
+
+    source: str | None = None
+    """Path or hub id of a Hugging Face MoE to continue. null: fresh weights of `family`."""
+    family: str | None = None
+    """`model_type` of transformers, for fresh weights (qwen3_moe, mixtral, deepseek_v3, ...)."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's own configuration and their values; add one with
+    `+model.overrides.<field>=<value>`."""
+
+
+@dataclass
+class PackConfig:
+    """How documents fill sequences of a fixed length."""
+
+    cross_documents: bool = False
+    """Let the last token of a document predict the first of the next one."""
+    reset_positions: bool = True
+    """Count positions from 0 at the start of every document."""
+
+
+@dataclass
+class DataConfig:
+    """The text: sources, tokenizer, split and packing."""
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Sources of text by name, each a `_target_` node; all of them are mixed."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source in the mixture, by name; only their ratios count. Empty: by size."""
+    tokenizer: Any = MISSING
+    """The tokenizer, a `_target_` node; its vocabulary must fit the model."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is kept out of training, split by file or document."""
+    cache_dir: str | None = None
+    """Folder for tokenized text that later runs use again. null: nothing is kept."""
+    invalid_utf8: InvalidUtf8 = InvalidUtf8.replace
+    """Bytes that are not UTF-8: replace and count them, or refuse the file."""
+    num_bytes: int | None = None
+    """Bytes of text to read at most from every source. null: all."""
+    pack: PackConfig = field(default_factory=PackConfig)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the running mean of gradients and of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the squares."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases never decay."""
+    decay_routers: bool = False
+    """Let router weights decay as well."""
+    schedule: Schedule = Schedule.cosine
+    """After the warm-up: constant, cosine down to min_lr_ratio, or wsd (constant, then linear
+    down to min_lr_ratio over the last decay_steps)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: int = 0
+    """Steps of the final decay; with schedule wsd only."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate as a share of the peak."""
+
+
+@dataclass
+class ClusterConfig:
+    """Speeds of the machines, for metrics and planning; they never change results."""
+
+    intra_gbps: float = MISSING
+    """Bandwidth of one rank to another on the same node, Gbit/s in one direction."""
+    inter_gbps: float = MISSING
+    """Bandwidth of one rank to another node, Gbit/s in one direction."""
+    flops: float | None = None
+    """Peak floating-point operations per second of one rank at train.precision. null: unknown,
+    and no utilisation is reported."""
+    latency_us: float = MISSING
+    """Time of an empty message between two nodes, microseconds."""
+
+
+@dataclass
+class Config:
+    """One run, complete."""
+
+    seed: int = 0
+    """Seed of every random number: weights, order of the data, sampling."""
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    engine: Any = MISSING
+    """Runs a whole optimizer step."""
+    planner: Any = MISSING
+    """Decides which rank computes which rows, for every layer of every micro-batch."""
+    placement: Any = MISSING
+    """Decides on which rank every expert lives."""
+    balance: dict[str, Any] = field(default_factory=dict)
+    """Nudge the routers towards equal load; they act in the order given."""
+    logger: dict[str, Any] = field(default_factory=dict)
+    """Where metrics go."""
+    launcher: dict[str, Any] = field(default_factory=dict)
+    """How ranks are started; torchrun needs none."""
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every value as plain numbers, strings, lists and dicts, for saving."""
+        plain = OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)
+        assert isinstance(plain, dict)
+        return {str(name): value for name, value in plain.items()}

@@ -1,0 +1,254 @@
+"""One run from a checked configuration: build everything, train, export, report."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from transformers import PretrainedConfig
+
+from configs.schema import ActivationCheckpointing, Config, Precision, check
+from parallel.memory import keep_freed_memory
+from parallel.mesh import ParallelMesh
+from parallel.model import find_experts
+from placement.table import ExpertPlacement
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_files import CheckpointReader
+from trainer.data import Data, build_data, check_vocabulary
+from trainer.data.baseline import baseline_bits_per_byte
+from trainer.engine import TorchEngine
+from trainer.export import HFCheckpoint, export_model
+from trainer.loggers import LoggerList
+from trainer.metrics import model_flops_per_token, parameter_counts
+from trainer.modeling import (
+    build_model,
+    family_config,
+    local_checkpoint,
+    meta_model,
+    override,
+)
+from trainer.optim import build_adamw, build_schedule, parameter_groups
+from trainer.ranks import from_rank_zero, missing_ranks, start_ranks
+from trainer.report import RunSummary, report
+from trainer.sample import sample
+from trainer.trainer import Trainer
+
+PROMPT_TOKENS = 32
+
+
+def run(config: Config) -> None:
+    """Train as configured; called on every rank.
+
+    Raises:
+        ValueError: for what the user can mend, before anything is trained.
+    """
+    start_ranks(config.mesh.timeout_s)
+    try:
+        _run(config)
+    except RuntimeError as error:
+        _explain_broken_group(error)
+        raise
+    dist.destroy_process_group()
+
+
+def _run(config: Config) -> None:
+    started = time.monotonic()
+    checkpoint = None
+    if config.model.source is not None:
+        checkpoint = HFCheckpoint(local_checkpoint(config.model.source))
+    model_config = _model_config(config, checkpoint)
+    shape = meta_model(model_config)
+    experts = find_experts(shape)
+    num_experts: Any = experts[0][1].num_experts
+    top_k = getattr(model_config.get_text_config(), "num_experts_per_tok", None)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    world = dist.get_world_size()
+    check(config, world, num_experts=num_experts, top_k=top_k, max_positions=positions)
+    ep = config.mesh.ep or math.gcd(world, num_experts)
+    mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
+    data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=dist.barrier)
+    check_vocabulary(data.tokenizer, model_config.get_text_config().vocab_size)
+    placement = _placement(config, len(experts), num_experts, ep)
+    model = build_model(
+        model_config,
+        mesh,
+        seed=config.seed,
+        placement=placement,
+        planner=instantiate(config.planner),
+        checkpoint=checkpoint,
+    )
+    engine = _engine(config, model, mesh)
+    folder = Path(config.run.dir)
+    checkpointer = Checkpointer(
+        folder / "checkpoints",
+        mesh=mesh,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    loggers = LoggerList(list(instantiate(config.logger).values()), rank=mesh.rank)
+    trainer = Trainer(
+        config,
+        mesh=mesh,
+        data=data,
+        engine=engine,
+        checkpointer=checkpointer,
+        loggers=loggers,
+        placement=placement,
+        flops_per_token=model_flops_per_token(shape, config.train.seq_len),
+    )
+    resume = checkpointer.resolve(config.checkpoint.resume)
+    if resume is not None:
+        trainer.resume(resume)
+    loggers.start(config.resolved, folder)
+    trainer.train()
+    _finish(config, trainer, data, shape, started)
+
+
+def _model_config(config: Config, checkpoint: HFCheckpoint | None) -> PretrainedConfig:
+    overrides = dict(config.model.overrides)
+    if checkpoint is not None:
+        return override(checkpoint.config, overrides)
+    if config.model.family is None:
+        raise ValueError("model.family is missing: name a family, or a checkpoint in model.source")
+    return family_config(config.model.family, overrides)
+
+
+def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> ExpertPlacement:
+    """A loaded table, or one made for this model and EP size."""
+    placement = instantiate(config.placement)
+    if isinstance(placement, ExpertPlacement):
+        return placement
+    return placement(num_layers, num_experts, ep)
+
+
+def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
+    optim, train = config.optim, config.train
+
+    def make_optimizer(model: Any) -> torch.optim.Optimizer:
+        groups = parameter_groups(model, optim.weight_decay, optim.decay_routers)
+        return build_adamw(groups, optim.lr, tuple(optim.betas), optim.eps)
+
+    def make_schedule(optimizer: Any) -> Any:
+        return build_schedule(
+            optimizer,
+            optim.schedule.value,
+            steps=train.steps,
+            warmup_steps=optim.warmup_steps,
+            decay_steps=optim.decay_steps,
+            min_lr_ratio=optim.min_lr_ratio,
+        )
+
+    return instantiate(config.engine)(
+        model,
+        mesh,
+        make_optimizer=make_optimizer,
+        make_schedule=make_schedule,
+        balancers=list(instantiate(config.balance).values()),
+        bf16=train.precision is Precision.bf16,
+        recompute=train.activation_checkpointing is ActivationCheckpointing.full,
+        compile=train.compile,
+        max_grad_norm=train.max_grad_norm,
+    )
+
+
+def _finish(config: Config, trainer: Trainer, data: Data, shape: Any, started: float) -> None:
+    """Validate, sample, export and report."""
+    trainer.evaluate()
+    text = _sample(config, trainer, data) if config.train.generate else ""
+    newest = trainer.checkpointer.latest()
+    export_dir = None
+    if config.checkpoint.export and trainer.progress.step >= config.train.steps:
+        export_dir = from_rank_zero(_export(config, trainer, data, newest))
+    if trainer.mesh.rank == 0:
+        progress, last, validation = trainer.progress, trainer.last, trainer.validation
+        total, active = parameter_counts(shape)
+        summary = RunSummary(
+            steps=progress.step,
+            seconds=time.monotonic() - started,
+            ranks=trainer.mesh.world_size,
+            ep=trainer.mesh.ep_size,
+            parameters=total,
+            active_parameters=active,
+            tokens_per_s=trainer.tokens_per_s,
+            loss=last.get("train/loss", math.nan),
+            validation_loss=validation.get("validation/loss"),
+            bits_per_byte=validation.get("validation/bits_per_byte"),
+            baseline_bits_per_byte=_baseline(config, data),
+            load_ratio=(progress.first_load_ratio or 1.0, last.get("moe/load_ratio", 1.0)),
+            max_violation=(
+                progress.first_max_violation or 0.0,
+                last.get("moe/max_violation_global", 0.0),
+            ),
+            rows=progress.rows,
+            rows_crossing=progress.rows_crossing,
+            skipped_steps=progress.skipped,
+            checkpoint=str(newest) if newest else None,
+            export=str(export_dir) if export_dir else None,
+            sample=text,
+        )
+        trainer.loggers.finish(asdict(summary))
+        report(summary, Path(config.run.dir))
+    dist.barrier()
+
+
+def _baseline(config: Config, data: Data) -> float | None:
+    """The order-3 byte model on the sequences that the model is validated on."""
+    if data.validation is None:
+        return None
+    ids = data.validation.spread(config.train.eval_batches * config.train.batch_size)
+    return baseline_bits_per_byte(data, ids)
+
+
+def _sample(config: Config, trainer: Trainer, data: Data) -> str:
+    source = data.validation or data.train
+    prompt = source.batch([0])["input_ids"][0, :PROMPT_TOKENS].tolist()
+    ids = sample(
+        trainer.engine.model,
+        trainer.mesh,
+        prompt,
+        num_tokens=config.train.generate,
+        context=config.train.seq_len,
+        seed=config.seed,
+    )
+    return data.tokenizer.decode(prompt + ids)
+
+
+def _export(config: Config, trainer: Trainer, data: Data, checkpoint: Path | None) -> Path | None:
+    """Write the newest checkpoint as a Hugging Face directory, on rank 0, tensor by tensor."""
+    if trainer.mesh.rank != 0 or checkpoint is None:
+        return None
+    reader = CheckpointReader(checkpoint)
+    return export_model(
+        trainer.engine.model.config,
+        reader,
+        Path(config.checkpoint.export_dir),
+        tokenizer=data.tokenizer,
+    )
+
+
+def _explain_broken_group(error: RuntimeError) -> None:
+    """Say on this rank which ranks are gone, if that is why a collective failed."""
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+        return
+    missing = missing_ranks()
+    if missing:
+        names = ", ".join(map(str, missing))
+        print(
+            f"rank {dist.get_rank()}: rank {names} is gone; this run ends here. Start it again to "
+            f"go on from the newest complete checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        traceback.print_exc()
+        os._exit(1)  # the broken group would hold up an orderly exit
