@@ -26,7 +26,7 @@ def exchange(
     """
     if dist.get_world_size(group) == 1:
         return x_MD
-    return _Exchange.apply(x_MD, send_R, receive_R, group)  # type: ignore[no-any-return]
+    return _Exchange.apply(x_MD, send_R, receive_R, group)
 
 
 class _Exchange(torch.autograd.Function):
@@ -43,7 +43,9 @@ class _Exchange(torch.autograd.Function):
         return _swap(grads[0], receive_R, send_R, group), None, None, None
 
 
-def _swap(x_MD: Tensor, send_R: list[int], receive_R: list[int], group: dist.ProcessGroup) -> Tensor:
+def _swap(
+    x_MD: Tensor, send_R: list[int], receive_R: list[int], group: dist.ProcessGroup
+) -> Tensor:
     x_MD = x_MD.contiguous()
     out_MD = x_MD.new_empty(sum(receive_R), *x_MD.shape[1:])
     if x_MD.device.type == "cpu":

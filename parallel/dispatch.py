@@ -158,7 +158,10 @@ class _WeightedSum(torch.autograd.Function):
         y_ND, weight_N, row_N, token_N = ctx.saved_tensors
         grad_ND = grads[0].index_select(0, token_N)
         grad_weight_N = torch.cat(
-            [torch.linalg.vecdot(g, y) for g, y in zip(_blocks(grad_ND), _blocks(y_ND), strict=True)]
+            [
+                torch.linalg.vecdot(g, y)
+                for g, y in zip(_blocks(grad_ND), _blocks(y_ND), strict=True)
+            ]
         )
         grad_weights = weight_N.new_zeros(ctx.weights_shape).flatten()
         grad_weights[row_N] = grad_weight_N.to(weight_N.dtype)

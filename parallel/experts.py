@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from parallel.comm import exchange
 from parallel.plan import DispatchPlan
 
-
 BLOCK_ROWS = 256  # of an elementwise pass: its temporaries stay in the cache
 
 
@@ -55,7 +54,7 @@ class Experts(nn.Module):
         if not len(plan.borrowed):
             return SlotWeights(native, None)
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        expert, home, borrower = plan.borrowed.unbind(1)
+        home, borrower = plan.borrowed[:, 1], plan.borrowed[:, 2]
         lent = plan.borrowed[home == rank]
         lent = lent[torch.argsort(lent[:, 2], stable=True)]  # by borrower, then expert
         send_R = torch.bincount(lent[:, 2], minlength=num_ranks).tolist()
@@ -174,7 +173,7 @@ def _slices(rows_S: list[int]) -> list[tuple[int, slice]]:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [M, 2F] halves; saves only its input, works in blocks that stay in cache."""
+    """silu(gate) * up of [M, 2F] halves; saves only its input, works in blocks for the cache."""
 
     @staticmethod
     def forward(ctx: Any, h_MG: Tensor) -> Tensor:

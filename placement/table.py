@@ -54,7 +54,9 @@ class ExpertPlacement:
         for layer in range(num_layers):
             row = home_LE[layer]
             if int(row.min()) < 0 or int(row.max()) >= num_ranks:
-                raise ValueError(f"placement: layer {layer} names a rank outside 0..{num_ranks - 1}")
+                raise ValueError(
+                    f"placement: layer {layer} names a rank outside 0..{num_ranks - 1}"
+                )
             per_rank = torch.bincount(row, minlength=num_ranks)
             if bool((per_rank != num_experts // num_ranks).any()):
                 raise ValueError(
@@ -130,7 +132,9 @@ class ExpertPlacement:
             newer = content["format"] > FORMAT
             home, num_ranks, digest = content["home"], content["num_ranks"], content["digest"]
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"placement {path}: not a readable placement file ({error})") from error
+            raise ValueError(
+                f"placement {path}: not a readable placement file ({error})"
+            ) from error
         if newer:
             raise ValueError(
                 f"placement {path}: format {content['format']} is newer than {FORMAT}, the newest "
@@ -138,5 +142,7 @@ class ExpertPlacement:
             )
         placement = cls(torch.tensor(home, dtype=torch.int64), num_ranks)
         if placement.digest() != digest:
-            raise ValueError(f"placement {path}: the table does not match its digest; restore the file")
+            raise ValueError(
+                f"placement {path}: the table does not match its digest; restore the file"
+            )
         return placement

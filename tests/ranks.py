@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ def run_ranks(
             )
             for rank in range(world_size)
         ]
-        for rank in ranks:
-            rank.start()
+        for process in ranks:
+            process.start()
         _wait(ranks, timeout_s)
         results, failures = [], []
-        for rank in range(world_size):
+        for rank, process in enumerate(ranks):
             path = Path(folder) / f"result{rank}"
             if not path.exists():
-                failures.append(f"rank {rank} left no result (exit code {ranks[rank].exitcode})")
+                failures.append(f"rank {rank} left no result (exit code {process.exitcode})")
                 continue
             ok, value = torch.load(path, weights_only=False)
             results.append(value)
@@ -52,7 +52,7 @@ def run_ranks(
         return results
 
 
-def _wait(ranks: list[BaseProcess], timeout_s: float) -> None:
+def _wait(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     for rank in ranks:
         rank.join(max(0.0, end - time.monotonic()))

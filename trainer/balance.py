@@ -70,7 +70,9 @@ class LossFreeBias:
             bias = selection_bias(block)
             assert bias is not None
             bias += (self.rate * torch.sign(counts_E.mean() - counts_E)).to(bias).view_as(bias)
-        ranges = [float(b.max() - b.min()) for b in map(selection_bias, self.blocks) if b is not None]
+        ranges = [
+            float(b.max() - b.min()) for b in map(selection_bias, self.blocks) if b is not None
+        ]
         return {"balance/bias_range": max(ranges)}
 
     def loss(self) -> Tensor:

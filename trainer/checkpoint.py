@@ -132,14 +132,10 @@ class Checkpointer:
         target, future = self._pending
         error = future.exception()
         self._pending = None
-        if error is not None and not isinstance(error, CheckpointException):
+        if isinstance(error, CheckpointException):  # of any rank, the same on all
+            raise CheckpointError(self._failure(target, describe(error))) from error
+        if error is not None:
             raise error  # the process group is broken: no rank can be asked any more
-        causes: list[str | None] = [None] * dist.get_world_size(self._control)
-        cause = None if error is None else describe(error)
-        dist.all_gather_object(causes, cause, group=self._control)
-        first = next((cause for cause in causes if cause is not None), None)
-        if first is not None:
-            raise CheckpointError(self._failure(target, first)) from error
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint of the directory, as rank 0 sees it."""

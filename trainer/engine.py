@@ -77,7 +77,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         mesh: ParallelMesh,
         *,
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
@@ -90,7 +90,8 @@ class TorchEngine:
         reshard_after_forward: bool = True,
     ) -> None:
         self.mesh, self.balancers, self.max_grad_norm = mesh, balancers, max_grad_norm
-        self.model: Any = model.to(mesh.device)
+        model.to(mesh.device)
+        self.model: Any = model
         for balancer in balancers:
             balancer.attach(self.model)
         if recompute:

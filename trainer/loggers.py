@@ -99,7 +99,8 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise ValueError("logger=wandb needs the package wandb: pip install wandb") from error
-        self.run = wandb.init(
+        init: Any = wandb.init
+        self.run = init(
             project=self.project,
             name=self.name,
             config=config,
@@ -128,14 +129,14 @@ class TensorBoard:
             raise ValueError(
                 "logger=tensorboard needs the package tensorboard: pip install tensorboard"
             ) from error
-        self.writer = SummaryWriter(self.dir)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(self.dir)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class LoggerList:

@@ -1,4 +1,4 @@
-"""Build an expert-parallel model: fresh weights or a Hugging Face checkpoint, each rank its part."""
+"""Build an expert-parallel model, fresh or from a checkpoint; each rank makes its part."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"model.family ({config.model_type}) cannot be built as a causal language model: {error}"
+            f"model.family ({config.model_type}) has no causal language model: {error}"
         ) from error
 
 
@@ -112,11 +112,13 @@ def build_model(
     Fresh weights depend on the seed, the parameter's name and the expert alone. With a
     checkpoint each rank reads the dense parameters and only its own experts.
     """
-    model = parallelize(meta_model(config), mesh, placement=placement, planner=planner)
+    model: Any = parallelize(meta_model(config), mesh, placement=placement, planner=planner)
     model.to_empty(device="cpu")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         model.float()
-    tied = model.get_output_embeddings() is not None and config.get_text_config().tie_word_embeddings
+    tied = (
+        model.get_output_embeddings() is not None and config.get_text_config().tie_word_embeddings
+    )
     initialise(model, seed)
     if tied:
         model.tie_weights()

@@ -23,22 +23,21 @@ def start_ranks(timeout_s: float) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(
-            os.environ.get("LOCAL_WORLD_SIZE", 1)
+        local_rank, local_world = (
+            int(os.environ.get("LOCAL_RANK", 0)),
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
         if local_world > torch.cuda.device_count():
             raise ValueError(
                 f"torchrun --nproc-per-node ({local_world}) must be <= the GPUs of this node "
-                f"({torch.cuda.device_count()}); or hide them with CUDA_VISIBLE_DEVICES= to use CPUs"
+                f"({torch.cuda.device_count()}); to use CPUs, hide them: CUDA_VISIBLE_DEVICES="
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
-    dist.init_process_group(
-        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-    )
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def missing_ranks() -> list[int]:

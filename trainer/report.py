@@ -64,7 +64,10 @@ def table(summary: RunSummary) -> Table:
         rows.append(("validation", f"{summary.bits_per_byte:.4f} bits per byte"))
     if summary.baseline_bits_per_byte is not None:
         rows.append(
-            ("order-3 byte model", f"{summary.baseline_bits_per_byte:.4f} bits per byte, same split")
+            (
+                "order-3 byte model",
+                f"{summary.baseline_bits_per_byte:.4f} bits per byte, same split",
+            )
         )
     rows += [
         ("load ratio of ranks", "{:.3f} first, {:.3f} last".format(*summary.load_ratio)),

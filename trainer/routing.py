@@ -14,9 +14,7 @@ from trainer.metrics import Metric, load_ratio, max_violation
 DIRECTIONS = 2  # a row travels to the rank that computes it, and its output back
 
 
-def routing_metrics(
-    decisions: list[Decision], model: Any, mesh: ParallelMesh
-) -> dict[str, Metric]:
+def routing_metrics(decisions: list[Decision], model: Any, mesh: ParallelMesh) -> dict[str, Metric]:
     """Metrics of the decisions of one step on this rank, to be reduced over all ranks.
 
     `load_ratio` is max/mean rows per rank of an EP group, `max_violation` is max/mean - 1 rows

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -125,9 +124,7 @@ class Trainer:
         }
         # through JSON once, so that the background save cannot see later changes
         extra = json.loads(json.dumps(extra, default=str))
-        self.checkpointer.save(
-            self.progress.step, self.engine.model, self.engine.optimizer, extra
-        )
+        self.checkpointer.save(self.progress.step, self.engine.model, self.engine.optimizer, extra)
         self.saved_step = self.progress.step
 
     def evaluate(self) -> dict[str, float]:

@@ -55,7 +55,8 @@ def shrunken(family: str) -> Any:
         return tiny_config(family)
     default = AutoConfig.for_model(family).get_text_config()
     fields = {k: v for k, v in SMALL.items() if getattr(default, k, None) is not None}
-    return type(default)(**fields)
+    kind: Any = type(default)
+    return kind(**fields)
 
 
 def loss(model: Any) -> float:

@@ -113,9 +113,7 @@ def expect(case: dict[str, Any]) -> dict[str, Any]:
     gate_up, down = (stack.requires_grad_() for stack in stacks)
     expected: dict[str, Any] = {"out": [], "x": [], "weights": []}
     for rank, tokens in enumerate(case["tokens"]):
-        x, ids, weights = make_tokens(
-            rank, tokens, case["num_experts"], case["top_k"], case["hot"]
-        )
+        x, ids, weights = make_tokens(rank, tokens, case["num_experts"], case["top_k"], case["hot"])
         x.requires_grad_()
         weights.requires_grad_()
         out = oracle_experts(x, ids, weights, gate_up, down)

@@ -22,7 +22,7 @@ from trainer.state import model_state
 
 STEPS, SEQUENCES, LENGTH = 3, 8, 10
 BALANCERS: dict[str, Any] = {
-    "none": lambda: [],
+    "none": list,
     "auxiliary": lambda: [AuxiliaryLoss(0.3)],
     "bias": lambda: [LossFreeBias(0.05)],
 }
@@ -51,7 +51,7 @@ def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank of several; return metrics and this rank's parameters by logical key."""
-    model = full_model(case["family"])
+    model: Any = full_model(case["family"])
     mesh = ParallelMesh.build(ep=case["ep"], device_type="cpu")
     parallelize(model, mesh, planner=case.get("planner", home_plan))
     engine = TorchEngine(
@@ -90,7 +90,8 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
     for step in range(STEPS):
         batch = sequences(step, model.config.vocab_size)
         tokens = int((batch["labels"] != -100).sum())
-        total, extra, counts = 0.0, 0.0, 0
+        total, extra = 0.0, 0.0
+        counts: Any = 0
         world = case["world"]
         for rank in range(world):
             for part in torch.arange(rank, SEQUENCES, world).chunk(case["accumulate"]):
@@ -122,7 +123,7 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         if case["balancer"] == "bias":
-            for block, counts_E in zip(blocks, counts.double(), strict=True):  # type: ignore[attr-defined]
+            for block, counts_E in zip(blocks, counts.double(), strict=True):
                 for module in block.modules():
                     bias = getattr(module, "e_score_correction_bias", None)
                     if bias is not None:
@@ -162,7 +163,7 @@ def check(case: dict[str, Any]) -> None:
                 oracle["state"][key],
                 rtol=1e-7,
                 atol=1e-8,
-                msg=lambda m, key=key: f"{key}: {m}",
+                msg=key,
             )
         keys.update(result["state"])
     assert keys == set(oracle["state"])
@@ -255,15 +256,15 @@ def flipping_run(recompute: bool) -> dict[str, Tensor]:
     blocks = moe_blocks(model)
     first_forward = {name: True for name, _ in blocks}
     generator = torch.Generator().manual_seed(1)
+    noise = {n: torch.randn(1, 32, generator=generator, dtype=torch.float64) for n, _ in blocks}
     for name, block in blocks:
 
-        def equal_logits(module: Any, inputs: Any, name: str = name) -> Any:
+        def disturb(module: Any, inputs: Any, name: str = name) -> Any:
             flip = 1.0 if first_forward[name] else -1.0  # a repeated router sees other scores
             first_forward[name] = False
             return (inputs[0] + flip * 5.0 * noise[name],)
 
-        noise = {n: torch.randn(1, 32, generator=generator, dtype=torch.float64) for n, _ in blocks}
-        block.gate.register_forward_pre_hook(equal_logits)
+        block.gate.register_forward_pre_hook(disturb)
     if recompute:
         settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

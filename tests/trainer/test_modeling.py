@@ -28,7 +28,7 @@ def built_state(family: str, ep: int, seed: int, source: str | None) -> dict[str
         planner=home_plan,
         checkpoint=None if source is None else HFCheckpoint(source),
     )
-    buffers = {n: b for n, b in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     return {**{k: v.clone() for k, v in model_state(model).items()}, **buffers}
 
 

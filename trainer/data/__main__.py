@@ -11,11 +11,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from configs.compose import register
+from configs.compose import composed
 from configs.errors import COMPOSE_ERRORS, explain
 from configs.schema import DataConfig
 from configs.slots import slot_problems, slots
@@ -49,10 +48,8 @@ def data_config(overrides: list[str]) -> DataConfig:
     Raises:
         ValueError: for missing values and for slots that do not fit their target.
     """
-    register()
-    with initialize_config_module("configs", version_base="1.3"):
-        data: DictConfig = compose("config", overrides).data
-    missing = sorted(f"data.{key}" for key in OmegaConf.missing_keys(data))
+    data = composed(*overrides).data
+    missing = sorted(OmegaConf.missing_keys(data))
     if missing:
         raise ValueError(f"missing values: {', '.join(missing)}; give them as {missing[0]}=...")
     config = OmegaConf.to_object(data)
@@ -73,7 +70,8 @@ def write(folder: Path, config: DataConfig) -> None:
     tokenizer = instantiate(config.tokenizer, _convert_="all")
     if isinstance(tokenizer, TrainedBPE):
         tokenizer = build_data(config, seq_len=1).tokenizer
-    sources, weights = used_sources(instantiate(config.sources, _convert_="all"), config.weights)
+    given = instantiate(config.sources, _convert_="all")
+    sources, weights = used_sources(given, config.weights or None)
     readings = source_readings(
         sources, weights, config.validation_fraction, config.invalid_utf8.value, config.num_bytes
     )

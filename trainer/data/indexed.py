@@ -17,6 +17,9 @@ from trainer.data.sources import Document
 from trainer.data.streams import tokenized
 from trainer.data.tokenizers import Tokenizer
 
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEAD_BYTES = 34
+
 
 def read_indexed(prefix: str) -> Iterator[npt.NDArray[Any]]:
     """The tokens of every document of `prefix.bin` and `prefix.idx`.
@@ -27,10 +30,8 @@ def read_indexed(prefix: str) -> Iterator[npt.NDArray[Any]]:
     for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
         if not path.is_file():
             raise ValueError(f"{path} is missing; an indexed dataset is a .bin and a .idx file")
-    try:
-        dataset = _indexed_module().IndexedDataset(prefix, mmap=True)
-    except (AssertionError, KeyError, ValueError, OSError, struct.error) as error:
-        raise ValueError(f"{prefix}.idx is not an index of megatron-core: {error!r}") from error
+    _check_index(Path(f"{prefix}.idx"))
+    dataset = _indexed_module().IndexedDataset(prefix, mmap=True)
     needed = int(dataset.sequence_lengths.astype(np.int64).sum()) * dataset.index.dtype_size
     size = Path(f"{prefix}.bin").stat().st_size
     if size != needed:
@@ -39,6 +40,22 @@ def read_indexed(prefix: str) -> Iterator[npt.NDArray[Any]]:
     nothing = np.empty(0, dtype=dataset.index.dtype)
     for first, last in itertools.pairwise(bounds):
         yield np.concatenate([nothing, *(dataset.get(number) for number in range(first, last))])
+
+
+def _check_index(path: Path) -> None:
+    """Refuse a file that is no index, or not a whole one, before megatron-core trips over it."""
+    with open(path, "rb") as file:
+        head = file.read(INDEX_HEAD_BYTES)
+    if len(head) < INDEX_HEAD_BYTES or not head.startswith(INDEX_MAGIC):
+        raise ValueError(f"{path} is not an index of megatron-core; it must start with MMIDIDX")
+    version, _, sequences, bounds = struct.unpack_from("<QBQQ", head, len(INDEX_MAGIC))
+    needed = INDEX_HEAD_BYTES + 12 * sequences + 8 * bounds
+    if version != 1 or path.stat().st_size != needed:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes and version {version}, but an index of "
+            f"{sequences} sequences of text must have {needed} and version 1; it is damaged, or "
+            f"of another kind"
+        )
 
 
 def write_indexed(prefix: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> int:

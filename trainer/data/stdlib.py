@@ -17,6 +17,8 @@ import inspect
 import keyword
 import mimetypes
 import opcode
+import os
+import re
 import sys
 import sysconfig
 import unicodedata
@@ -28,7 +30,10 @@ from typing import Any
 from trainer.data.files import FileDigests, decode_utf8, read_bytes
 from trainer.data.sources import Document, Reading, Split
 
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FOLDERS = re.compile(
+    r"(tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*)$"
+)
+SKIPPED_FILES = re.compile(r"_sysconfigdata")
 MAX_FILE_BYTES = 300_000
 MIN_PROSE_CHARACTERS = 200
 TOPICS = "pydoc_data/topics.py"
@@ -88,15 +93,16 @@ class Stdlib:
         Raises:
             ValueError: if there are none.
         """
-        found = [
-            path
-            for path in self.folder.rglob("*")
-            if path.suffix == ".py" or path.name.startswith(PROSE_NAMES)
-            if not SKIPPED_FOLDERS & set(path.relative_to(self.folder).parts)
-            if not path.relative_to(self.folder).parts[0].startswith(("config-", "_sysconfigdata"))
-            if path.is_file()
-            if path.stat().st_size <= MAX_FILE_BYTES or self._name(path) == TOPICS
-        ]
+        found = []
+        for folder, inner, names in os.walk(self.folder):
+            inner[:] = [name for name in inner if not SKIPPED_FOLDERS.match(name)]
+            for name in names:
+                path = Path(folder, name)
+                wanted = path.suffix == ".py" or name.startswith(PROSE_NAMES)
+                if not wanted or SKIPPED_FILES.match(name) or not path.is_file():
+                    continue
+                if path.stat().st_size <= MAX_FILE_BYTES or self._name(path) == TOPICS:
+                    found.append(path)
         if not any(path.suffix == ".py" for path in found):
             raise ValueError(
                 f"the standard library in {self.folder} has no .py files; use another interpreter, "
