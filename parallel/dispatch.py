@@ -60,7 +60,7 @@ class Dispatcher:
         if self.num_ranks == 1:
             return counts[None].cpu()
         everyones = counts.new_empty(self.num_ranks * self.num_experts)
-        dist.all_gather_into_tensor(everyones, counts.contiguous(), group=self.group)
+        dist.all_gather_single(everyones, counts.contiguous(), group=self.group)
         return everyones.view(self.num_ranks, self.num_experts).cpu()
 
     def dispatch(

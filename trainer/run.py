@@ -78,6 +78,7 @@ def _run(config: Config) -> None:
     if mesh.device.type == "cpu":
         keep_freed_memory()
     data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=dist.barrier)
+    _describe(data, mesh)
     check_vocabulary(data.tokenizer, model_config.get_text_config().vocab_size)
     placement = _placement(config, len(experts), num_experts, ep)
     model = build_model(
@@ -122,6 +123,26 @@ def _model_config(config: Config, checkpoint: HFCheckpoint | None) -> Pretrained
     if config.model.family is None:
         raise ValueError("model.family is missing: name a family, or a checkpoint in model.source")
     return family_config(config.model.family, overrides)
+
+
+def _describe(data: Data, mesh: ParallelMesh) -> None:
+    """Print what the sources gave, after all ranks are found to have the same.
+
+    Raises:
+        ValueError: on ranks that read another corpus than rank 0.
+    """
+    if from_rank_zero(data.digest) != data.digest:
+        raise ValueError(
+            f"rank {mesh.rank} read another corpus than rank 0; give all ranks the same files, or "
+            f"a shared data.cache_dir"
+        )
+    if mesh.rank != 0:
+        return
+    for info in data.infos:
+        line = f"{info.source} ({info.split}): {info.documents:,} documents, {info.tokens:,} tokens"
+        print(line + (f", {info.invalid:,} invalid UTF-8 sequences" if info.invalid else ""))
+    if not data.bytes_are_exact:
+        print("the tokenizer changes text, so bits per byte are approximate")
 
 
 def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> ExpertPlacement:
