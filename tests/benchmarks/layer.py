@@ -1,10 +1,12 @@
 """One MoE layer against the bare matrix products and against transformers' own experts.
 
-    python -m tests.benchmarks.layer                  # one rank
-    python -m tests.benchmarks.layer --ranks 2        # expert parallelism, per-rank CPU time
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.layer                  # one rank
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.layer --ranks 2        # expert parallelism
 
-Every row is timed in one process (per rank), arms alternating, medians; one thread per rank.
-Figures are ratios to the limit: the same matrix products alone, per expert, on slices.
+Arms alternate in one process per rank; medians; one thread per rank. One rank: ratios of CPU
+seconds to the limit, the same matrix products alone, per expert, on slices. Several ranks: CPU
+milliseconds per rank (its busiest rank, gloo's threads included) beside transformers' own expert
+parallelism by all-to-all.
 Shapes: A is T 4096, D 512, F 1024, E 16, top-2; B is T 4096, D 512, F 256, E 64, top-8.
 """
 
@@ -15,7 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,8 +118,8 @@ def evenkeel(shape: Shape, dtype: torch.dtype, mesh: ParallelMesh) -> torch.nn.M
     )
 
 
-def layer_step(layer: torch.nn.Module, shape: Shape, dtype: torch.dtype) -> Step:
-    x, ids, weights, grad = inputs(shape, dtype, 1)
+def layer_step(layer: torch.nn.Module, shape: Shape, dtype: torch.dtype, seed: int = 1) -> Step:
+    x, ids, weights, grad = inputs(shape, dtype, seed)
     weights.requires_grad_()
 
     def step(backward: bool) -> None:
@@ -166,12 +168,64 @@ def one_rank(repeats: int) -> list[tuple[str, str, dict[str, float], dict[str, f
     return results
 
 
+def transformers_all_to_all(shape: Shape, dtype: torch.dtype, mesh: ParallelMesh) -> Any:
+    """The library's own expert parallelism on this rank's contiguous experts."""
+    from transformers.distributed.expert_parallel import AllToAllEP
+
+    family = family_experts(shape, dtype, "grouped_mm")
+    local = shape.experts // mesh.ep_size
+    mine = slice(mesh.ep_rank * local, (mesh.ep_rank + 1) * local)
+    family.gate_up_proj = torch.nn.Parameter(family.gate_up_proj.detach()[mine].clone())
+    family.down_proj = torch.nn.Parameter(family.down_proj.detach()[mine].clone())
+    family.num_experts, family._is_expert_parallel = local, True
+    parallel = AllToAllEP(family, mesh.expert["ep"], mesh.expert["edp"])
+    layer = torch.nn.Module()
+    layer.experts = family
+    layer.forward = parallel  # type: ignore[method-assign]
+    return layer
+
+
+def several_ranks(num_ranks: int, repeats: int) -> list[tuple[str, str, dict[str, float]]]:
+    """Forward+backward CPU seconds of this rank, both arms, after comparing their outputs."""
+    keep_freed_memory()
+    mesh = ParallelMesh.build(ep=num_ranks, device_type="cpu")
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES:
+            shape = replace(shape, tokens=shape.tokens // num_ranks)
+            layers = {
+                "evenkeel": evenkeel(shape, dtype, mesh),
+                "transformers all_to_all": transformers_all_to_all(shape, dtype, mesh),
+            }
+            x, ids, weights, _ = inputs(shape, dtype, 1 + mesh.rank)
+            first, second = (layer(x, ids, weights) for layer in layers.values())
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
+            arms = {
+                name: layer_step(layer, shape, dtype, 1 + mesh.rank)
+                for name, layer in layers.items()
+            }
+            both = measure(arms, True, repeats, time.process_time)
+            results.append((shape.name, str(dtype).removeprefix("torch."), both))
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    if options.ranks > 1:
+        ranks = run_ranks(
+            several_ranks, options.ranks, options.ranks, options.repeats, timeout_s=3600
+        )
+        for cells in zip(*ranks, strict=True):
+            shape_name, dtype, _ = cells[0]
+            for arm in cells[0][2]:
+                busiest = max(cell[2][arm] for cell in cells)
+                print(f"{shape_name} {dtype:9} EP {options.ranks} {arm:24} {busiest * 1e3:8.1f} ms")
+        return
     (results,) = run_ranks(one_rank, 1, options.repeats, timeout_s=3600)
     for shape_name, dtype, forward, both in results:
         for arm in forward:
