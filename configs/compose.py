@@ -23,11 +23,12 @@ MAX_FOLDER_NAME = 120
 
 
 def register() -> None:
-    """Make the schema, the help text and `${sweep_job:}` known to Hydra."""
+    """Make the schema, the help text, `${sweep_job:}` and `${per_rank:N}` known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/help", name="evenkeel", node=help_node())
     OmegaConf.register_new_resolver("sweep_job", sweep_job, replace=True)
+    OmegaConf.register_new_resolver("per_rank", per_rank, replace=True)
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -122,3 +123,8 @@ def sweep_job() -> str:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         name = f"{name[: MAX_FOLDER_NAME - 13]}-{digest}"
     return f"/{name}"
+
+
+def per_rank(total: int) -> int:
+    """A rank's share of a number, rounded down, at least 1; `check` refuses what does not fit."""
+    return max(1, total // int(os.environ.get("WORLD_SIZE", "1")))

@@ -2,47 +2,90 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import sys
+import logging
+import math
+import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-PLAIN_LINES = 20  # lines that a run prints where there is no terminal for a progress bar
+LOG = logging.getLogger(__name__)
+PLAIN_LINES = 30  # that a run prints where there is no terminal for a progress bar
 
 
 class Logger(Protocol):
-    """Takes the metrics of a run; on rank 0 only."""
+    """Takes the metrics of a run, on rank 0 only."""
 
-    def start(self, config: dict[str, Any], run_dir: Path) -> None: ...
+    def start(self, config: dict[str, Any], run_dir: Path) -> None:
+        """Begin, or go on with, the run that has this resolved configuration and folder."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of a step; a resumed run may repeat steps."""
 
-    def finish(self, summary: dict[str, Any]) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> None:
+        """End the run; `summary` holds plain values and may be empty if the run failed."""
+
+
+class LoggerList:
+    """All loggers of a run, on rank 0; silent on the other ranks.
+
+    Logging never kills a run: a logger that raises, whatever it is, is named in one warning and
+    switched off, and the others go on.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], rank: int) -> None:
+        self.active = list(loggers) if rank == 0 else []
+
+    def start(self, config: dict[str, Any], run_dir: Path) -> None:
+        self._each(lambda logger: logger.start(config, run_dir))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._each(lambda logger: logger.log(step, metrics))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._each(lambda logger: logger.finish(summary))
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for logger in list(self.active):
+            try:
+                call(logger)
+            except Exception as error:  # full disks, lost networks, bugs: none may end a training
+                self.active.remove(logger)
+                kind = type(logger).__name__
+                LOG.warning(
+                    f"logger {kind} is switched off, training goes on: "
+                    f"{type(error).__name__}: {error}"
+                )
 
 
 class Console:
-    """A progress bar with loss, bits per byte, tokens/s, load ratio and time left.
-
-    Where standard output is no terminal it prints some twenty plain lines instead.
-    """
+    """A progress bar with the figures worth watching; a few plain lines without a terminal."""
 
     def start(self, config: dict[str, Any], run_dir: Path) -> None:
         self.steps = int(config["train"]["steps"])
-        self.console = RichConsole()
+        self.next_line = 0
+        self.terminal = Terminal()
         self.bar: Progress | None = None
-        if self.console.is_terminal:
-            columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn()]
-            self.bar = Progress(*columns, TextColumn("{task.description}"), console=self.console)
+        if self.terminal.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=self.terminal,
+            )
             self.task = self.bar.add_task("", total=self.steps)
             self.bar.start()
-        self.next_line = 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        text = describe(metrics)
+        text = headline(metrics)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
         elif step >= self.next_line or step == self.steps:
@@ -54,62 +97,97 @@ class Console:
             self.bar.stop()
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """The figures worth watching, in one line."""
-    parts = [f"loss {metrics['train/loss']:.3f}"]
-    if "validation/bits_per_byte" in metrics:
-        parts.append(f"validation {metrics['validation/bits_per_byte']:.3f} bits/byte")
-    parts.append(f"{metrics['speed/tokens_per_s']:,.0f} tokens/s")
-    parts.append(f"load ratio {metrics['moe/load_ratio']:.2f}")
-    left = int(metrics["speed/left_s"])
-    parts.append(f"{left // 60}:{left % 60:02d} left")
-    return "  ".join(parts)
+def headline(metrics: dict[str, float]) -> str:
+    """Loss, bits per byte, speed, load ratio and time left in one line, as far as known."""
+    left = metrics.get("speed/left_s", math.nan)
+    parts = {
+        "train/loss": "loss {:.3f}",
+        "validation/bits_per_byte": "{:.3f} bits/byte",
+        "speed/tokens_per_s": "{:,.0f} tokens/s",
+        "moe/load_ratio": "load ratio {:.2f}",
+    }
+    texts = [text.format(metrics[name]) for name, text in parts.items() if name in metrics]
+    if math.isfinite(left):
+        minutes, seconds = divmod(round(left), 60)
+        texts.append(f"{minutes}:{seconds:02d} left")
+    return "  ".join(texts)
 
 
 class JsonLines:
-    """One JSON object per logged step, flushed at once; a resumed run appends."""
+    """One JSON object per logged step, on disk at once; a resumed run appends."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
     def start(self, config: dict[str, Any], run_dir: Path) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a", encoding="utf-8")
+        with self.path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed run left its last line unfinished
+                    file.write(b"\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        record = {"step": step, "time": round(time.time(), 3), **metrics}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self.file.close()
+        pass
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: what is not finite becomes the string nan, inf or -inf."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 class Wandb:
-    """Weights & Biases; offline unless `mode` is "online"."""
+    """Weights & Biases; offline (to be sent later by `wandb sync`) unless mode is online.
+
+    A resumed run keeps its id, so that online its curves go on.
+    """
 
     def __init__(
         self, dir: str, name: str, project: str = "evenkeel", mode: str = "offline"
     ) -> None:
         if mode not in ("offline", "online"):
             raise ValueError(f"logger.wandb.mode ({mode}) must be offline or online")
+        _require("wandb")
         self.dir, self.name, self.project, self.mode = dir, name, project, mode
 
     def start(self, config: dict[str, Any], run_dir: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("logger=wandb needs the package wandb: pip install wandb") from error
-        init: Any = wandb.init
-        self.run = init(
+        import wandb
+
+        id_file = Path(self.dir) / "wandb-id"
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(uuid.uuid4().hex)
+        online = self.mode == "online"
+        self.run: Any = wandb.init(
             project=self.project,
             name=self.name,
+            id=id_file.read_text(),
+            resume="allow" if online else None,
             config=config,
             dir=self.dir,
-            mode=self.mode,
+            mode="online" if online else "offline",
+            settings=wandb.Settings(silent=True, console="off"),
         )
+        # wandb drops steps that come again after a resume, unless the step is a metric like others
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.log(metrics, step=step)
+        self.run.log({"step": step, **metrics})
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.run.summary.update(summary)
@@ -120,50 +198,33 @@ class TensorBoard:
     """TensorBoard event files."""
 
     def __init__(self, dir: str) -> None:
+        _require("tensorboard")
         self.dir = dir
 
     def start(self, config: dict[str, Any], run_dir: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "logger=tensorboard needs the package tensorboard: pip install tensorboard"
-            ) from error
-        self.writer = SummaryWriter(self.dir)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(self.dir)
+        self.writer.add_text("config", f"```\n{to_json(config, indent=2)}\n```")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.writer.close()
 
 
-class LoggerList:
-    """All loggers of a run, on rank 0; silent on the others.
+def _require(package: str) -> None:
+    """Refuse a logger whose package is missing, before anything is built.
 
-    Logging never kills a run: a logger that fails, whatever it raises, is named once and
-    switched off, and the others go on. Only a logger that cannot start is refused.
+    Raises:
+        ValueError: naming the logger and the remedy.
     """
-
-    def __init__(self, loggers: Sequence[Logger], rank: int) -> None:
-        self.loggers = list(loggers) if rank == 0 else []
-
-    def start(self, config: dict[str, Any], run_dir: Path) -> None:
-        for logger in self.loggers:
-            logger.start(config, run_dir)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._each(lambda logger: logger.log(step, metrics))
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._each(lambda logger: logger.finish(summary))
-
-    def _each(self, call: Callable[[Logger], None]) -> None:
-        for logger in list(self.loggers):
-            try:
-                call(logger)
-            except Exception as error:  # of any library: none of them may end the training
-                name = type(logger).__name__
-                print(f"warning: logger {name} is off from now on: {error}", file=sys.stderr)
-                self.loggers.remove(logger)
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:  # no origin: only a folder of that name
+        raise ValueError(
+            f"logger.{package} needs the package {package}: run `pip install {package}` or leave "
+            f"the logger out"
+        )

@@ -1,10 +1,9 @@
-"""Parameter groups, AdamW, learning-rate schedules and the gradient norm."""
+"""Parameter groups, AdamW, learning-rate schedules, and a gradient norm over sharded parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,49 +11,61 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-ROUTERS = ("gate", "router", "wg")
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_routers: bool
 ) -> list[dict[str, Any]]:
-    """Named groups for an optimizer, every trainable parameter in exactly one.
+    """Every trainable parameter in exactly one named group of the optimizer; none is empty.
 
-    `experts` and `matrices` decay; `no_decay` holds norms, biases and other vectors; `routers`
-    decay by option.
+    `decay` holds dense matrices, embeddings included; `experts` the stacked matrices of routed
+    experts; `routers` the matrices that score experts, which decay only if asked to; `no_decay`
+    all vectors: norms, biases (of experts too) and the like.
     """
-    groups: dict[str, list[nn.Parameter]] = {
-        "matrices": [],
+    routers = _router_prefixes(model)
+    members: dict[str, list[nn.Parameter]] = {
+        "decay": [],
         "experts": [],
         "routers": [],
         "no_decay": [],
     }
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[_group_of(name, parameter)].append(parameter)
-    decays = {"matrices": True, "experts": True, "routers": decay_routers, "no_decay": False}
+        if not parameter.requires_grad:
+            continue
+        is_expert = ".experts." in name
+        if parameter.dim() - is_expert < 2:  # the first dim of a stack counts experts
+            group = "no_decay"
+        elif is_expert:
+            group = "experts"
+        else:
+            group = "routers" if name.startswith(routers) else "decay"
+        members[group].append(parameter)
+    decaying = {"decay", "experts", "routers"} if decay_routers else {"decay", "experts"}
     return [
-        {"name": name, "params": params, "weight_decay": weight_decay if decays[name] else 0.0}
-        for name, params in groups.items()
+        {"name": group, "params": params, "weight_decay": weight_decay * (group in decaying)}
+        for group, params in members.items()
         if params
     ]
 
 
-def _group_of(name: str, parameter: Tensor) -> str:
-    path = name.split(".")
-    if "experts" in path[:-1]:
-        return "no_decay" if path[-1].endswith("bias") else "experts"
-    if parameter.dim() < 2 or path[-1].endswith("bias") or "norm" in path[-2]:
-        return "no_decay"
-    return "routers" if any(part in ROUTERS for part in path[-3:-1]) else "matrices"
+def _router_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of router parameters: `gate` or `router` beside `experts`."""
+    blocks = [name.removesuffix("experts") for name, _ in model.named_modules() if _is_moe(name)]
+    return tuple(f"{block}{router}." for block in blocks for router in ("gate", "router"))
+
+
+def _is_moe(name: str) -> bool:
+    """Whether a module of this name is all experts of a layer, and not a part of that."""
+    return name.endswith(".experts") and ".experts." not in name
 
 
 def build_adamw(
     groups: list[dict[str, Any]], lr: float, betas: Sequence[float], eps: float
 ) -> torch.optim.AdamW:
-    """AdamW over named groups."""
+    """AdamW over groups that bring their own weight decay; one fused update per group."""
     beta1, beta2 = betas
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 def build_schedule(
@@ -62,73 +73,79 @@ def build_schedule(
     schedule: str,
     *,
     steps: int,
-    warmup_steps: int,
-    decay_steps: int,
-    min_lr_ratio: float,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    min_lr_ratio: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over the steps of a run; see `factor`."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        partial(
-            factor,
-            schedule=schedule,
-            steps=steps,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            min_lr_ratio=min_lr_ratio,
-        ),
-    )
+    """Learning rate over a run of `steps`: step it after every optimizer step.
 
+    Args:
+        schedule: `constant`, `cosine`, or `wsd` (constant, then linear over `decay_steps`).
+        warmup_steps: steps of linear rise before that. min_lr_ratio: last rate / peak rate.
 
-def factor(
-    step: int,
-    *,
-    schedule: str,
-    steps: int,
-    warmup_steps: int,
-    decay_steps: int,
-    min_lr_ratio: float,
-) -> float:
-    """Share of the peak learning rate in a step, counted from 0.
-
-    A linear warm-up, then `constant`; `cosine` down to `min_lr_ratio` at the last step; or `wsd`:
-    constant, then linear down to `min_lr_ratio` over the last `decay_steps`.
+    Raises:
+        ValueError: for another schedule.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    first = warmup_steps if schedule == "cosine" else steps - decay_steps
-    done = min(max((step - first) / max(1, steps - 1 - first), 0.0), 1.0)
-    height = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return min_lr_ratio + (1 - min_lr_ratio) * height
+    shapes = {
+        "constant": lambda number: 1.0,
+        "cosine": lambda number: cosine(number, warmup_steps, steps, min_lr_ratio),
+        "wsd": lambda number: linear(number, steps - decay_steps, steps, min_lr_ratio),
+    }
+    if schedule not in shapes:
+        raise ValueError(f"optim.schedule ({schedule}) must be one of {', '.join(shapes)}")
+    shape = shapes[schedule]
+
+    def factor(finished_steps: int) -> float:
+        number = finished_steps + 1  # of the step that comes, from 1 to steps
+        return number / warmup_steps if number <= warmup_steps else shape(number)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def cosine(number: int, start: int, end: int, last: float) -> float:
+    """Half a cosine from 1 in step `start` to `last` in step `end` and after."""
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * _progress(number, start, end)))
+
+
+def linear(number: int, start: int, end: int, last: float) -> float:
+    """1 up to step `start`, then a straight line to `last` in step `end` and after."""
+    return 1 - (1 - last) * _progress(number, start, end)
+
+
+def _progress(number: int, start: int, end: int) -> float:
+    """Share of the way from step `start` to step `end`, from 0 to 1."""
+    return min(max(number - start, 0) / max(1, end - start), 1.0)
 
 
 @torch.no_grad()
 def grad_norm_(
     parameters: Sequence[nn.Parameter], max_norm: float, group: dist.ProcessGroup
 ) -> Tensor:
-    """The norm of the whole model's gradient; gradients are scaled down in place to `max_norm`.
+    """Norm of the whole model's gradient, float64 [], which is scaled down to `max_norm` in place.
 
-    Every parameter is sharded over all ranks that hold it, so the sum over ranks of the squares
-    of local shards counts each element once. The result stays on the device.
+    Every element of a parameter must be on exactly one rank of the group, as with FSDP2 over all
+    of the parameter's replicas: then the squares of the local shards, summed by one all-reduce,
+    count each once. No host sync.
 
     Args:
-        parameters: those with gradients. max_norm: 0 for no clipping. group: all ranks.
+        parameters: those that have gradients. max_norm: 0 for never scaling. group: all ranks.
     """
-    local = [_local(p.grad) for p in parameters if p.grad is not None]
-    device = local[0].device
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for norm in torch._foreach_norm([grad for grad in local if grad.numel()]):
-        squares += norm.double().square()
-    dist.all_reduce(squares, group=group)
-    norm = squares.sqrt()
+    gradients = [_local(parameter.grad, group) for parameter in parameters]
+    square = torch.nn.utils.get_total_norm(gradients).double().square()
+    dist.all_reduce(square, group=group)
+    norm = square.sqrt()
     if max_norm > 0:
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for grad in local:
-            grad.mul_(scale.to(grad.dtype))
+        scale = (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.to(gradient.dtype))
     return norm
 
 
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(gradient: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """This rank's shard of a gradient."""
+    assert gradient is not None, "a parameter without a gradient"
+    if isinstance(gradient, DTensor):
+        assert all(placement.is_shard() for placement in gradient.placements)
+        return gradient.to_local()
+    assert dist.get_world_size(group) == 1, "a whole gradient would count once per rank"
+    return gradient

@@ -15,15 +15,32 @@ from configs.rules import bounds_text
 from configs.schema import Config, check
 
 
+SIZES = {  # of these tests, whatever the experiments choose
+    "train.steps": 300,
+    "train.batch_size": 32,
+    "train.micro_batch_size": 8,
+    "train.seq_len": 256,
+    "optim.warmup_steps": 5,
+}
+
+
 def config(*overrides: str) -> Config:
-    made = OmegaConf.to_object(composed("experiment=quickstart", *overrides))
+    given = {override.partition("=")[0] for override in overrides}
+    sizes = [f"{key}={value}" for key, value in SIZES.items() if key not in given]
+    made = OmegaConf.to_object(composed(*sizes, *overrides))
     assert isinstance(made, Config)
     return made
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_quickstart_runs_on_one_two_and_four_ranks(world_size: int) -> None:
-    check(config(), world_size)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
+def test_the_quickstart_fits_as_many_ranks_as_there_are_gpus(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    quickstart = OmegaConf.to_object(composed("experiment=quickstart"))
+    assert isinstance(quickstart, Config)
+    check(quickstart, world_size)
+    assert quickstart.train.micro_batch_size * world_size == quickstart.train.batch_size
 
 
 @pytest.mark.parametrize(
