@@ -16,10 +16,13 @@ def start_ranks(timeout_s: float) -> None:
     """Join the process group that torchrun describes, or make one of a single rank.
 
     Uses NCCL for CUDA tensors where there is a GPU for every local rank, gloo for all others.
+    The jobs of a sweep share one group: torchrun's store cannot introduce the ranks twice.
 
     Raises:
         ValueError: if there are more ranks on this node than GPUs.
     """
+    if dist.is_initialized():
+        return
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
@@ -38,6 +41,12 @@ def start_ranks(timeout_s: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
         return
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def finish_ranks() -> None:
+    """Leave the process group, if there is one; at the end of the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def missing_ranks() -> list[int]:

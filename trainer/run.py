@@ -57,7 +57,6 @@ def run(config: Config) -> None:
     except RuntimeError as error:
         _explain_broken_group(error)
         raise
-    dist.destroy_process_group()
 
 
 def _run(config: Config) -> None:

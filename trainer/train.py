@@ -50,6 +50,9 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(
             _one_message(full_error)(_job)
         )()
+    from trainer.ranks import finish_ranks
+
+    finish_ranks()
 
 
 def _job(composed: DictConfig) -> None:

@@ -14,7 +14,6 @@ from configs.describe import fields
 from configs.rules import bounds_text
 from configs.schema import Config, check
 
-
 SIZES = {  # of these tests, whatever the experiments choose
     "train.steps": 300,
     "train.batch_size": 32,

@@ -48,7 +48,8 @@ def command(text: Path, run_dir: Path, ranks: int, *overrides: str) -> list[str]
     if ranks > 1:
         launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     files = f"data.sources.text.paths={text}/*.txt"
-    return [*launch, "trainer.train", *TINY, files, f"run.dir={run_dir}", *overrides]
+    values = [*TINY, files, f"run.dir={run_dir}", *overrides]
+    return [*launch, "trainer.train", *sorted(values, key=lambda value: value != "-m")]
 
 
 def environment() -> dict[str, str]:
@@ -96,6 +97,16 @@ def test_resume_on_other_ranks_and_export(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(split / "export")
     ids = torch.tensor([tokenizer.encode("level expert")])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+
+
+def test_sweep_on_two_ranks(tmp_path: Path) -> None:
+    """Each job of a sweep has its own folder and sees the same ranks."""
+    text = corpus(tmp_path / "text")
+    folder = f"{tmp_path}/sweep${{sweep_job:}}"
+    train(text, Path(folder), 2, "-m", "seed=0,1", "train.steps=2", "checkpoint.export=false")
+    summaries = sorted((tmp_path / "sweep").glob("*/summary.json"))
+    losses = [json.loads(path.read_text())["loss"] for path in summaries]
+    assert len(set(losses)) == 2
 
 
 def start(text: Path, run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
