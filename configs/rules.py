@@ -72,6 +72,7 @@ def check(
     problems = [
         *_bounds(config),
         *_names(config),
+        *_compile(config),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
         *_batch(config, world_size),
         *_schedule(config),
@@ -123,6 +124,14 @@ def _names(config: Config) -> Iterator[str]:
     for key in ("run.dir", "checkpoint.export_dir", "checkpoint.resume"):
         if not _value(config, key).strip():
             yield f"{key} is empty; leave it out for its default"
+
+
+def _compile(config: Config) -> Iterator[str]:
+    if config.train.compile and config.train.activation_checkpointing.value != "none":
+        yield (
+            "train.compile (true) has not been proven with train.activation_checkpointing (full); "
+            "use one of the two"
+        )
 
 
 def _mesh(config: Config, world_size: int, num_experts: int | None) -> Iterator[str]:

@@ -43,6 +43,7 @@ class ExpertParallel(nn.Module):
         self.local_experts = (home_E == dispatcher.rank).nonzero().flatten().tolist()
         self.experts = Experts(family_experts, self.local_experts)
 
+    @torch.compiler.disable  # it reads counts on the host; the layers around it compile
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [T, D].
 
