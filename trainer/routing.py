@@ -8,7 +8,6 @@ import torch
 
 from parallel.decisions import Decision
 from parallel.mesh import ParallelMesh
-from parallel.model import moe_layers
 from trainer.metrics import Metric, load_ratio, max_violation
 
 DIRECTIONS = 2  # a row travels to the rank that computes it, and its output back
@@ -46,8 +45,3 @@ def routing_metrics(decisions: list[Decision], model: Any, mesh: ParallelMesh) -
         "moe/bytes_within_nodes": Metric.sum(within * row_bytes),
         "moe/bytes_across_nodes": Metric.sum(across * row_bytes),
     }
-
-
-def layer_names(model: Any) -> list[str]:
-    """Names of the MoE layers, in layer order."""
-    return [name for name, _ in moe_layers(model)]

@@ -110,9 +110,37 @@ def _run(config: Config) -> None:
     resume = checkpointer.resolve(config.checkpoint.resume)
     if resume is not None:
         trainer.resume(resume)
+    if _nothing_to_do(config, trainer.progress.step):
+        if mesh.rank == 0:
+            print(
+                f"{folder} is complete at step {trainer.progress.step}; raise train.steps to go on"
+            )
+        return
     loggers.start(config.resolved, folder)
-    trainer.train()
+    try:
+        trainer.train()
+    except BaseException:
+        loggers.finish({})  # gives the terminal back
+        raise
     _finish(config, trainer, data, shape, started)
+
+
+def _nothing_to_do(config: Config, step: int) -> bool:
+    """Whether a resumed run has made all of its steps and its export.
+
+    Raises:
+        ValueError: if there are steps to make but the place of the export is taken.
+    """
+    target = Path(config.checkpoint.export_dir)
+    taken = config.checkpoint.export and target.is_dir() and any(target.iterdir())
+    if step >= config.train.steps:
+        return taken or not config.checkpoint.export
+    if taken:
+        raise ValueError(
+            f"checkpoint.export_dir ({target}) is not empty, and this run would not overwrite it at "
+            f"its end; remove it, name another one, or set checkpoint.export=false"
+        )
+    return False
 
 
 def _model_config(config: Config, checkpoint: HFCheckpoint | None) -> PretrainedConfig:

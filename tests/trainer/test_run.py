@@ -78,8 +78,8 @@ def test_resume_on_other_ranks_and_export(tmp_path: Path) -> None:
     """4 ranks EP 4 to step 3, then 2 ranks EP 2: the same losses as one process all the way."""
     text = corpus(tmp_path / "text")
     one, split = tmp_path / "one", tmp_path / "split"
-    train(text, one, 1)
-    train(text, split, 4, "train.stop_after_s=1e9", "checkpoint.every=3", "train.steps=6")
+    train(text, one, 1, "train.time_layers_every=2")
+    train(text, split, 4, "train.stop_after_s=1e9", "checkpoint.every=3")
     # go back to step 3, as after a crash
     for path in (split / "checkpoints").glob("step-*6"):
         subprocess.run(["rm", "-r", str(path)], check=True)
@@ -87,8 +87,21 @@ def test_resume_on_other_ranks_and_export(tmp_path: Path) -> None:
     output = train(text, split, 2, "mesh.ep=2")
     losses = {m["step"]: m["train/loss"] for m in metrics(split)}  # the resumed steps come last
     for record in metrics(one):
+        timed = {"phase/dispatch_s", "phase/compute_s"} <= set(record)
+        assert timed == (record["step"] % 2 == 0)
         assert losses[record["step"]] == pytest.approx(record["train/loss"], rel=1e-4)
     assert "order-3 byte model" in output and "bits per byte" in output
+    assert "is complete at step 6" in train(text, split, 1)
+    refused = subprocess.run(
+        command(text, split, 1, "train.steps=7"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert refused.returncode != 0
+    assert "export) is not empty" in refused.stderr
     summary = json.loads((split / "summary.json").read_text())
     assert summary["ranks"] == 2 and summary["steps"] == 6
     load: Any = AutoModelForCausalLM.from_pretrained
