@@ -137,8 +137,8 @@ def _nothing_to_do(config: Config, step: int) -> bool:
         return taken or not config.checkpoint.export
     if taken:
         raise ValueError(
-            f"checkpoint.export_dir ({target}) is not empty, and this run would not overwrite it at "
-            f"its end; remove it, name another one, or set checkpoint.export=false"
+            f"checkpoint.export_dir ({target}) is not empty, and this run would not overwrite "
+            f"it at its end; remove it, name another one, or set checkpoint.export=false"
         )
     return False
 
