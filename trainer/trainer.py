@@ -122,8 +122,7 @@ class Trainer:
                 "home": self.placement.home_LE.tolist(),
             },
         }
-        # through JSON once, so that the background save cannot see later changes
-        extra = json.loads(json.dumps(extra, default=str))
+        extra = json.loads(json.dumps(extra, default=str))  # the model's dtypes become text
         self.checkpointer.save(self.progress.step, self.engine.model, self.engine.optimizer, extra)
         self.saved_step = self.progress.step
 

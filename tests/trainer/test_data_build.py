@@ -273,7 +273,7 @@ def test_from_a_configuration(tmp_path: Path) -> None:
         "data.tokenizer.vocab_size=280",
         f"data.cache_dir={tmp_path}/cache",
     )
-    data = build_data(config.data, config.train.seq_len)
+    data = build_data(config.data, 256)
     want = load_data(
         {"jsonl": JsonLines(f"{tmp_path}/a.jsonl", field="body")},
         TrainedBPE(280),
