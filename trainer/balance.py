@@ -203,7 +203,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss.detach()
-        return weights_TK.view_as(weights_TK)
+        return weights_TK.clone()  # a view would lose FSDP its hook
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
