@@ -154,8 +154,8 @@ def placement_row(name: str, num_experts: int, ep: int) -> Tensor:
     return contiguous[torch.randperm(num_experts, generator=generator)]
 
 
-TOKENS = {1: [9], 2: [7, 4], 4: [5, 0, 8, 3]}
-MESHES = [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)]
+TOKENS = {1: [9], 2: [7, 4], 4: [5, 0, 8, 3], 8: [5, 0, 8, 3, 1, 2, 6, 4]}
+MESHES = [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2), (8, 4)]
 
 
 @pytest.mark.parametrize("planner", [home_plan, RandomPlanner(3), RandomPlanner(4)])

@@ -173,7 +173,7 @@ BASE = {"family": "qwen3_moe", "balancer": "none", "optimizer": "adamw", "clip":
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)])
 def test_engine_equals_one_process(world: int, ep: int, accumulate: int) -> None:
     check({**BASE, "world": world, "ep": ep, "accumulate": accumulate})
 
