@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm import exchange
+from parallel.memory import cache_blocks
 from parallel.plan import DispatchPlan
 
 
@@ -160,18 +161,13 @@ class _WeightedSum(torch.autograd.Function):
         grad_weight_N = torch.cat(
             [
                 torch.linalg.vecdot(g, y)
-                for g, y in zip(_blocks(grad_ND), _blocks(y_ND), strict=True)
+                for g, y in zip(cache_blocks(grad_ND), cache_blocks(y_ND), strict=True)
             ]
         )
         grad_weights = weight_N.new_zeros(ctx.weights_shape).flatten()
         grad_weights[row_N] = grad_weight_N.to(weight_N.dtype)
         grad_ND *= weight_N[:, None]  # in place: every fresh block of memory costs page faults
         return grad_ND, grad_weights.view(ctx.weights_shape), None
-
-
-def _blocks(x_ND: Tensor) -> tuple[Tensor, ...]:
-    """Views of at most 1,024 rows: temporaries of one stay in cache."""
-    return x_ND.split(1024)
 
 
 def _sum_rows(y_ND: Tensor, row_N: Tensor, weights_TK: Tensor) -> Tensor:

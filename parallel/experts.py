@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from parallel.comm import exchange
+from parallel.memory import cache_blocks
 from parallel.plan import DispatchPlan
-
-BLOCK_ROWS = 256  # of an elementwise pass: its temporaries stay in the cache
-
 
 @dataclass(frozen=True)
 class SlotWeights:
@@ -112,7 +111,7 @@ class Experts(nn.Module):
 def is_plain_swiglu(family: Any) -> bool:
     """Whether the experts are act(gate) * up with the plain SiLU, halves side by side."""
     default_gate = type(family)._apply_gate.__name__ == "_default_apply_gate"
-    return default_gate and isinstance(family.act_fn, nn.SiLU)
+    return default_gate and isinstance(family.act_fn, (nn.SiLU, SiLUActivation))
 
 
 def grouped_linear(x_MI: Tensor, weight_SIO: Tensor, rows_S: list[int]) -> Tensor:
@@ -179,7 +178,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, h_MG: Tensor) -> Tensor:
         ctx.save_for_backward(h_MG)
         a_MF = h_MG.new_empty(h_MG.shape[0], h_MG.shape[1] // 2)
-        for h, a in zip(h_MG.split(BLOCK_ROWS), a_MF.split(BLOCK_ROWS), strict=True):
+        for h, a in zip(cache_blocks(h_MG), cache_blocks(a_MF), strict=True):
             gate, up = h.chunk(2, dim=-1)
             torch.mul(F.silu(gate), up, out=a)
         return a_MF
@@ -188,13 +187,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (h_MG,) = ctx.saved_tensors
         grad_h_MG = torch.empty_like(h_MG)
-        blocks = zip(
-            h_MG.split(BLOCK_ROWS),
-            grads[0].split(BLOCK_ROWS),
-            grad_h_MG.split(BLOCK_ROWS),
-            strict=True,
-        )
-        for h, grad_a, grad_h in blocks:
+        blocks = map(cache_blocks, (h_MG, grads[0], grad_h_MG))
+        for h, grad_a, grad_h in zip(*blocks, strict=True):
             gate, up = h.chunk(2, dim=-1)
             grad_gate, grad_up = grad_h.chunk(2, dim=-1)
             torch.mul(grad_a, F.silu(gate), out=grad_up)

@@ -263,6 +263,15 @@ def borrowed_gradients_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experts_module._Lend, "backward", staticmethod(broken))
 
 
+def activation_on_the_other_half(patch: pytest.MonkeyPatch) -> None:
+    forward = experts_module._SwiGLU.forward
+
+    def broken(ctx: Any, h: Tensor) -> Tensor:
+        return forward(ctx, h.roll(h.shape[1] // 2, 1))
+
+    patch.setattr(experts_module._SwiGLU, "forward", staticmethod(broken))
+
+
 def rows_sent_in_another_order(patch: pytest.MonkeyPatch) -> None:
     ranges = dispatch_module._ranges
     patch.setattr(dispatch_module, "_ranges", lambda sizes, order: ranges(sizes, order).flip(0))
@@ -275,6 +284,7 @@ def rows_sent_in_another_order(patch: pytest.MonkeyPatch) -> None:
         gradient_rows_in_another_order,
         gradients_of_a_token_not_summed,
         borrowed_gradients_lost,
+        activation_on_the_other_half,
         rows_sent_in_another_order,
     ],
 )
