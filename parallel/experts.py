@@ -18,6 +18,7 @@ from parallel.comm import exchange
 from parallel.memory import cache_blocks
 from parallel.plan import DispatchPlan
 
+
 @dataclass(frozen=True)
 class SlotWeights:
     """Stacked weights by parameter name: native slots first, then borrowed ones, if any."""

@@ -60,6 +60,21 @@ def moe_layers(model: nn.Module) -> list[tuple[str, ExpertParallel]]:
     return sorted(layers, key=lambda layer: layer[1].layer_index)
 
 
+def moe_blocks(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of every MoE block (the parent of `experts`), in layer order."""
+    names = [name.rpartition(".")[0] for name, _ in moe_layers(model)]
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def router_of(block: nn.Module) -> nn.Module | None:
+    """The child of a MoE block that returns (logits, weights, ids)."""
+    for name in ("gate", "router"):
+        child = getattr(block, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    return None
+
+
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of the stacked experts of every MoE block, in module order.
 

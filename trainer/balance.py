@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.decisions import is_replaying
-from parallel.model import moe_layers
+from parallel.model import moe_blocks, router_of
 
 SELECTION_BIAS = "e_score_correction_bias"
 
@@ -49,7 +49,6 @@ class LossFreeBias:
         if rate <= 0:
             raise ValueError(f"balance.rate ({rate}) must be > 0")
         self.rate = rate
-        self.biases: list[Tensor] = []
 
     def attach(self, model: nn.Module) -> None:
         missing = [name for name, block in moe_blocks(model) if selection_bias(block) is None]
@@ -104,7 +103,7 @@ class AuxiliaryLoss:
     def attach(self, model: nn.Module) -> None:
         blocks = moe_blocks(model)
         for name, block in blocks:
-            router = getattr(block, "gate", None) or getattr(block, "router", None)
+            router = router_of(block)
             if router is None:
                 raise ValueError(f"balance: no router found in {name}; use balance=none")
             router.register_forward_hook(partial(self._join, num_layers=len(blocks)))
@@ -180,12 +179,6 @@ def auxiliary_loss(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
     share_E = counts_E.to(dtype) / counts_E.sum().clamp(min=1)
     probability_E = torch.softmax(logits_TE.to(dtype), dim=-1).mean(0)
     return num_experts * (share_E * probability_E).sum()
-
-
-def moe_blocks(model: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of every MoE block (the parent of `experts`), in order."""
-    names = [name.rpartition(".")[0] for name, _ in moe_layers(model)]
-    return [(name, model.get_submodule(name)) for name in names]
 
 
 def selection_bias(block: nn.Module) -> Tensor | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from trainer.durable import sync, write_durably
 
 FORMAT = 1
 MARK = "complete.json"
@@ -149,9 +150,9 @@ class CheckpointWriter(FileSystemWriter):
         files = {file.name: file.stat().st_size for file in sorted(self.partial.iterdir())}
         mark = {"format": FORMAT, "step": self.step, "files": files}
         write_durably(self.partial / MARK, json.dumps(mark, indent=1) + "\n")
-        sync_folder(self.partial)
+        sync(self.partial)
         self.partial.rename(self.partial.with_suffix(""))
-        sync_folder(self.partial.parent)
+        sync(self.partial.parent)
         for old in complete_checkpoints(self.partial.parent)[: -self.keep]:
             delete(old)
 
@@ -221,23 +222,6 @@ class CheckpointReader:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.get(key)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def delete(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 from parallel.decisions import Decision, checkpoint_contexts, collect_decisions
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
-from parallel.model import moe_layers
+from parallel.model import moe_blocks, moe_layers, router_of
 from parallel.phases import time_phases
 from placement.table import ExpertPlacement
 from trainer.balance import Balancer
@@ -33,7 +33,8 @@ class StepStats:
     """What one optimizer step did, reduced over all ranks and equal on each.
 
     Attributes:
-        metrics: by name, see docs. counts_LE: int64 rows per layer and expert, global batch.
+        metrics: by name, see docs/metrics.md.
+        counts_LE: int64 rows per layer and expert, global batch.
         finite: False if the step was not applied because loss or gradient was not finite.
     """
 
@@ -100,6 +101,9 @@ class TorchEngine:
         if compile:
             for layer in decoder_layers(self.model):
                 layer.compile()
+        width = model.config.get_text_config().hidden_size
+        dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
+        self.row_bytes = width * dtype.itemsize
         shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
         self.optimizer = make_optimizer(self.model)
         self.schedule = make_schedule(self.optimizer)
@@ -135,7 +139,7 @@ class TorchEngine:
             {
                 "train/loss": Metric.sum(float(total_loss) / num_tokens),
                 "train/balance_loss": Metric.sum(sum(float(b.loss()) for b in self.balancers)),
-                **routing_metrics(decisions, self.model, self.mesh),
+                **routing_metrics(decisions, self.mesh, self.row_bytes),
                 **{f"phase/{name}_s": Metric.max(s) for name, s in seconds.items() if time_layers},
             },
             self.mesh.dp_group,
@@ -252,10 +256,9 @@ def shard(model: Any, mesh: ParallelMesh, *, bf16: bool, reshard_after_forward: 
             shard_placement_fn=lambda parameter, dim=dim: Shard(dim),
         )
     if bf16:
-        for name, _ in moe_layers(model):
-            block = model.get_submodule(name.rpartition(".")[0])
-            router = getattr(block, "gate", None) or getattr(block, "router", None)
-            if isinstance(router, nn.Module):
+        for _, moe_block in moe_blocks(model):
+            router = router_of(moe_block)
+            if router is not None:
                 wrap(router, mesh.dense["dp"], routing)
     for block in decoder_layers(model):
         wrap(block, mesh.dense["dp"], policy)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
+from trainer.durable import sync
 from trainer.hf_checkpoint import HFCheckpoint
 from trainer.hf_format import HFFormat, Piece
 
@@ -196,7 +197,7 @@ def _complete_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -223,15 +224,7 @@ def _write_configs(
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     for path in target.iterdir():
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _own_dtype(config: PretrainedConfig) -> torch.dtype:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 ROLL_CALL_S = 5.0
+PATIENCE = datetime.timedelta(days=1)
 
 
 def start_ranks(timeout_s: float) -> None:
@@ -59,10 +61,11 @@ def missing_ranks() -> list[int]:
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         store.set(f"alive/{rank}", "1")
-        missing = []
+        missing, end = [], time.monotonic() + ROLL_CALL_S
         for other in range(world):
+            left = max(0.01, end - time.monotonic())
             try:
-                store.wait([f"alive/{other}"], datetime.timedelta(seconds=ROLL_CALL_S))
+                store.wait([f"alive/{other}"], datetime.timedelta(seconds=left))
             except (dist.DistStoreError, RuntimeError):
                 missing.append(other)
         return missing
@@ -77,8 +80,22 @@ def agree(value: float, group: dist.ProcessGroup, device: torch.device) -> float
     return float(tensor)
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value (any picklable one), on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+class RankZeroFirst:
+    """A process group of its own in which ranks wait for what rank 0 does alone.
+
+    Writing a large export or tokenizing a large corpus may take longer than any timeout that is
+    good for a training step. A rank that dies still ends the wait at once.
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def wait(self) -> None:
+        """Return when every rank has called this."""
+        dist.barrier(group=self.group)
+
+    def value(self, value: Any) -> Any:
+        """Rank 0's value (any picklable one), on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]

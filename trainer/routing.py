@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from parallel.decisions import Decision
@@ -13,15 +11,18 @@ from trainer.metrics import Metric, load_ratio, max_violation
 DIRECTIONS = 2  # a row travels to the rank that computes it, and its output back
 
 
-def routing_metrics(decisions: list[Decision], model: Any, mesh: ParallelMesh) -> dict[str, Metric]:
+def routing_metrics(
+    decisions: list[Decision], mesh: ParallelMesh, row_bytes: int
+) -> dict[str, Metric]:
     """Metrics of the decisions of one step on this rank, to be reduced over all ranks.
 
     `load_ratio` is max/mean rows per rank of an EP group, `max_violation` is max/mean - 1 rows
     per expert, both means over micro-batches and layers. Rows and bytes are those that this rank
     sends to other ranks, forward dispatch and combine.
+
+    Args:
+        row_bytes: of one row on its way, in the dtype of the computation.
     """
-    width = model.config.get_text_config().hidden_size
-    dtype_bytes = next(model.parameters()).element_size()
     nodes = torch.tensor(mesh.node_of_ep_ranks())
     me = mesh.ep_rank
     total = within = across = 0
@@ -36,12 +37,11 @@ def routing_metrics(decisions: list[Decision], model: Any, mesh: ParallelMesh) -
         total += int(mine[:, 3].sum())
         within += int(away[near, 3].sum())
         across += int(away[~near, 3].sum())
-    row_bytes = width * dtype_bytes * DIRECTIONS
     return {
         "moe/load_ratio": Metric.mean(sum(ratios), len(ratios)),
         "moe/max_violation": Metric.mean(sum(violations), len(violations)),
         "moe/rows": Metric.sum(total),
         "moe/rows_crossing": Metric.sum(within + across),
-        "moe/bytes_within_nodes": Metric.sum(within * row_bytes),
-        "moe/bytes_across_nodes": Metric.sum(across * row_bytes),
+        "moe/bytes_within_nodes": Metric.sum(within * row_bytes * DIRECTIONS),
+        "moe/bytes_across_nodes": Metric.sum(across * row_bytes * DIRECTIONS),
     }

@@ -37,7 +37,7 @@ from trainer.modeling import (
     override,
 )
 from trainer.optim import build_adamw, build_schedule, parameter_groups
-from trainer.ranks import from_rank_zero, missing_ranks, start_ranks
+from trainer.ranks import RankZeroFirst, missing_ranks, start_ranks
 from trainer.report import RunSummary, report
 from trainer.sample import sample
 from trainer.trainer import Trainer
@@ -76,8 +76,9 @@ def _run(config: Config) -> None:
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=dist.barrier)
-    _describe(data, mesh)
+    rank_zero = RankZeroFirst()
+    data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=rank_zero.wait)
+    _describe(data, mesh, rank_zero)
     check_vocabulary(data.tokenizer, model_config.get_text_config().vocab_size)
     placement = _placement(config, len(experts), num_experts, ep)
     model = build_model(
@@ -110,7 +111,7 @@ def _run(config: Config) -> None:
     resume = checkpointer.resolve(config.checkpoint.resume)
     if resume is not None:
         trainer.resume(resume)
-    if _nothing_to_do(config, trainer.progress.step):
+    if _nothing_to_do(config, trainer.progress.step, rank_zero):
         if mesh.rank == 0:
             print(
                 f"{folder} is complete at step {trainer.progress.step}; raise train.steps to go on"
@@ -122,10 +123,10 @@ def _run(config: Config) -> None:
     except BaseException:
         loggers.finish({})  # gives the terminal back
         raise
-    _finish(config, trainer, data, shape, started)
+    _finish(config, trainer, data, shape, started, rank_zero)
 
 
-def _nothing_to_do(config: Config, step: int) -> bool:
+def _nothing_to_do(config: Config, step: int, rank_zero: RankZeroFirst) -> bool:
     """Whether a resumed run has made all of its steps and its export.
 
     Raises:
@@ -133,6 +134,7 @@ def _nothing_to_do(config: Config, step: int) -> bool:
     """
     target = Path(config.checkpoint.export_dir)
     taken = config.checkpoint.export and target.is_dir() and any(target.iterdir())
+    taken = rank_zero.value(taken)  # the others may not see rank 0's folder
     if step >= config.train.steps:
         return taken or not config.checkpoint.export
     if taken:
@@ -152,13 +154,13 @@ def _model_config(config: Config, checkpoint: HFCheckpoint | None) -> Pretrained
     return family_config(config.model.family, overrides)
 
 
-def _describe(data: Data, mesh: ParallelMesh) -> None:
+def _describe(data: Data, mesh: ParallelMesh, rank_zero: RankZeroFirst) -> None:
     """Print what the sources gave, after all ranks are found to have the same.
 
     Raises:
         ValueError: on ranks that read another corpus than rank 0.
     """
-    if from_rank_zero(data.digest) != data.digest:
+    if rank_zero.value(data.digest) != data.digest:
         raise ValueError(
             f"rank {mesh.rank} read another corpus than rank 0; give all ranks the same files, or "
             f"a shared data.cache_dir"
@@ -210,14 +212,21 @@ def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
     )
 
 
-def _finish(config: Config, trainer: Trainer, data: Data, shape: Any, started: float) -> None:
+def _finish(
+    config: Config,
+    trainer: Trainer,
+    data: Data,
+    shape: Any,
+    started: float,
+    rank_zero: RankZeroFirst,
+) -> None:
     """Validate, sample, export and report."""
     trainer.evaluate()
     text = _sample(config, trainer, data) if config.train.generate else ""
     newest = trainer.checkpointer.latest()
     export_dir = None
     if config.checkpoint.export and trainer.progress.step >= config.train.steps:
-        export_dir = from_rank_zero(_export(config, trainer, data, newest))
+        export_dir = _export(config, trainer, data, newest)
     if trainer.mesh.rank == 0:
         progress, last, validation = trainer.progress, trainer.last, trainer.validation
         total, active = parameter_counts(shape)
@@ -247,7 +256,7 @@ def _finish(config: Config, trainer: Trainer, data: Data, shape: Any, started: f
         )
         trainer.loggers.finish(asdict(summary))
         report(summary, Path(config.run.dir))
-    dist.barrier()
+    rank_zero.wait()
 
 
 def _baseline(config: Config, data: Data) -> float | None:

@@ -71,7 +71,7 @@ def before_the_rename(patch: pytest.MonkeyPatch, signs: Path) -> None:
     def broken(path: Path) -> None:
         stop_here(signs)
 
-    patch.setattr(checkpoint_files, "sync_folder", broken)
+    patch.setattr(checkpoint_files, "sync", broken)
 
 
 def in_the_deletion_of_the_old_one(patch: pytest.MonkeyPatch, signs: Path) -> None:

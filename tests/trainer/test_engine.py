@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from parallel.decisions import checkpoint_contexts, collect_decisions
 from parallel.mesh import ParallelMesh
-from parallel.model import moe_layers, parallelize
+from parallel.model import moe_blocks, moe_layers, parallelize
 from parallel.planners import home_plan
 from tests.parallel.test_families import full_model
 from tests.parallel.test_layer import RandomPlanner
 from tests.ranks import run_ranks
-from trainer.balance import AuxiliaryLoss, LossFreeBias, auxiliary_loss, moe_blocks
+from trainer.balance import AuxiliaryLoss, LossFreeBias, auxiliary_loss
 from trainer.engine import TorchEngine
 from trainer.state import model_state
 
@@ -237,6 +237,9 @@ def bf16_run() -> tuple[set[torch.dtype], torch.dtype, float]:
     mine = torch.arange(mesh.rank, SEQUENCES, 2)
     stats = engine.train_step([{k: v[mine] for k, v in batch.items()}])
     assert all(layer.experts.gate_up_proj.dtype == torch.float32 for _, layer in moe_layers(model))
+    row_bytes = 2 * model.config.hidden_size  # rows travel in bf16, there and back
+    crossed = stats.metrics["moe/rows_crossing"]
+    assert stats.metrics["moe/bytes_within_nodes"] == crossed * row_bytes * 2 > 0
     return {p.dtype for p in model.parameters()}, logits[0], stats.metrics["train/loss"]
 
 

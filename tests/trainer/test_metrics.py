@@ -142,18 +142,12 @@ def test_dead_experts() -> None:
 # Traffic
 
 
-class Model(torch.nn.Linear):
-    """Width 10, fp32, as far as the routing metrics look."""
-
-    config: Any = tiny_config("mixtral")
-
-
 def traffic() -> dict[str, float]:
     mesh = ParallelMesh.build(ep=4, ranks_per_node=2, device_type="cpu")
     rows = torch.tensor([[0, 0, 0, 5], [0, 0, 1, 7], [0, 3, 0, 11], [1, 2, 3, 2]])
     plan = DispatchPlan(rows, torch.empty(0, 3, dtype=torch.int64), 4, 2)
     counts_RE = torch.tensor([[12, 0], [0, 0], [0, 2], [11, 0]])
-    metrics = routing_metrics([Decision(0, counts_RE, plan)], Model(2, 2), mesh)
+    metrics = routing_metrics([Decision(0, counts_RE, plan)], mesh, row_bytes=32 * 4)
     return reduce_metrics(metrics, mesh.dp_group)
 
 

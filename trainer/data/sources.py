@@ -7,6 +7,7 @@ of the others, and exact copies are never on both sides.
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import json
@@ -102,7 +103,7 @@ def take_bytes(sized: Iterator[tuple[int, Document]], limit: float) -> Iterator[
         yield document
 
 
-class _Files:
+class _Files(abc.ABC):
     """What sources of files share: the files, with those of a validation split of its own."""
 
     def __init__(self, paths: list[str] | str, validation_paths: list[str] | str | None) -> None:
@@ -145,9 +146,9 @@ class _Files:
         sized = ((len(content), document) for document, content in own)
         return take_bytes(sized, reading.bytes_of(split, separate=True))
 
+    @abc.abstractmethod
     def _read(self, file: FoundFile, reading: Reading) -> Iterator[tuple[Document, bytes]]:
         """The documents of a file and their text as UTF-8."""
-        raise NotImplementedError
 
 
 class TextFiles(_Files):
