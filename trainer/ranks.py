@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 import time
 from typing import Any
 
@@ -51,26 +52,47 @@ def finish_ranks() -> None:
         dist.destroy_process_group()
 
 
-def missing_ranks() -> list[int]:
-    """Ranks that do not answer a roll call through the store within a few seconds.
+class RollCall:
+    """Says which ranks are gone after a collective failed; every rank makes one at the start.
 
-    For use after a collective failed: the process group is broken then, the store is not.
-    Empty if the store is gone too, or if every rank answers.
+    A thread answers for its rank through the store, also while the rank itself still waits in a
+    collective, so that only ranks whose process is gone stay silent.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        store: Any = dist.distributed_c10d._get_default_store()
-        store.set(f"alive/{rank}", "1")
-        missing, end = [], time.monotonic() + ROLL_CALL_S
-        for other in range(world):
-            left = max(0.01, end - time.monotonic())
-            try:
-                store.wait([f"alive/{other}"], datetime.timedelta(seconds=left))
-            except (dist.DistStoreError, RuntimeError):
-                missing.append(other)
-        return missing
-    except (dist.DistError, RuntimeError):
-        return []
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world > 1:
+            threading.Thread(target=self._answer, daemon=True, name="roll call").start()
+
+    def missing(self) -> list[int]:
+        """Ranks that do not answer within a few seconds; empty if the store is gone as well."""
+        try:
+            store = _store()
+            store.set("roll_call", "1")
+            missing, end = [], time.monotonic() + ROLL_CALL_S
+            for other in range(self.world):
+                left = max(0.01, end - time.monotonic())
+                try:
+                    store.wait([f"here/{other}"], datetime.timedelta(seconds=left))
+                except (dist.DistStoreError, RuntimeError):
+                    missing.append(other)
+            return missing
+        except (dist.DistError, RuntimeError):
+            return []
+
+    def _answer(self) -> None:
+        try:
+            store = _store()
+            store.wait(["roll_call"], PATIENCE)
+            store.set(f"here/{self.rank}", "1")
+        except (dist.DistError, RuntimeError):  # the store is gone, and with it every caller
+            return
+
+
+def _store() -> Any:
+    """A connection of its own to the store that introduced the ranks."""
+    shared: Any = dist.distributed_c10d._get_default_store()
+    return shared.clone()
 
 
 def agree(value: float, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -37,7 +37,7 @@ from trainer.modeling import (
     override,
 )
 from trainer.optim import build_adamw, build_schedule, parameter_groups
-from trainer.ranks import RankZeroFirst, missing_ranks, start_ranks
+from trainer.ranks import RankZeroFirst, RollCall, start_ranks
 from trainer.report import RunSummary, report
 from trainer.sample import sample
 from trainer.trainer import Trainer
@@ -52,10 +52,11 @@ def run(config: Config) -> None:
         ValueError: for what the user can mend, before anything is trained.
     """
     start_ranks(config.mesh.timeout_s)
+    roll_call = RollCall()
     try:
         _run(config)
     except RuntimeError as error:
-        _explain_broken_group(error)
+        _explain_broken_group(error, roll_call)
         raise
 
 
@@ -294,11 +295,11 @@ def _export(config: Config, trainer: Trainer, data: Data, checkpoint: Path | Non
     )
 
 
-def _explain_broken_group(error: RuntimeError) -> None:
+def _explain_broken_group(error: RuntimeError, roll_call: RollCall) -> None:
     """Say on this rank which ranks are gone, if that is why a collective failed."""
     if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
         return
-    missing = missing_ranks()
+    missing = roll_call.missing()
     if missing:
         names = ", ".join(map(str, missing))
         print(
