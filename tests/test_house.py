@@ -39,6 +39,11 @@ def test_files_are_short_and_look_one_way(path: Path) -> None:
     assert foreign <= MAY_IMPORT[package]
 
 
+def test_tests_are_short_too() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
 def test_placement_needs_no_process_group() -> None:
     for path in (ROOT / "placement").glob("*.py"):
         assert "torch.distributed" not in path.read_text()

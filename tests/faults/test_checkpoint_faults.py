@@ -21,8 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as dcp_files
 
 from tests.ranks import run_ranks
-from tests.trainer.test_checkpoint import (
-    families_imported,  # noqa: F401 (a fixture)
+from tests.trainer.checkpoint_runs import (
     make_engine,
     message,
     save,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,9 +57,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(text: Path, run_dir: Path, ranks: int, *overrides: str) -> str:
-    """Run to the end; its output."""
-    done = subprocess.run(
+def attempt(
+    text: Path, run_dir: Path, ranks: int, *overrides: str
+) -> subprocess.CompletedProcess[str]:
+    """Run until it ends, well or not."""
+    return subprocess.run(
         command(text, run_dir, ranks, *overrides),
         cwd=ROOT,
         env=environment(),
@@ -66,6 +69,11 @@ def train(text: Path, run_dir: Path, ranks: int, *overrides: str) -> str:
         text=True,
         timeout=240,
     )
+
+
+def train(text: Path, run_dir: Path, ranks: int, *overrides: str) -> str:
+    """Run to a good end; its output."""
+    done = attempt(text, run_dir, ranks, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -82,8 +90,8 @@ def test_resume_on_other_ranks_and_export(tmp_path: Path) -> None:
     train(text, split, 4, "train.stop_after_s=1e9", "checkpoint.every=3")
     # go back to step 3, as after a crash
     for path in (split / "checkpoints").glob("step-*6"):
-        subprocess.run(["rm", "-r", str(path)], check=True)
-    subprocess.run(["rm", "-r", str(split / "export")], check=True)
+        shutil.rmtree(path)
+    shutil.rmtree(split / "export")
     output = train(text, split, 2, "mesh.ep=2")
     losses = {m["step"]: m["train/loss"] for m in metrics(split)}  # the resumed steps come last
     for record in metrics(one):
@@ -92,14 +100,7 @@ def test_resume_on_other_ranks_and_export(tmp_path: Path) -> None:
         assert losses[record["step"]] == pytest.approx(record["train/loss"], rel=1e-4)
     assert "order-3 byte model" in output and "bits per byte" in output
     assert "is complete at step 6" in train(text, split, 1)
-    refused = subprocess.run(
-        command(text, split, 1, "train.steps=7"),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    refused = attempt(text, split, 1, "train.steps=7")
     assert refused.returncode != 0
     assert "export) is not empty" in refused.stderr
     summary = json.loads((split / "summary.json").read_text())
@@ -177,14 +178,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
 def test_nonfinite_loss_stops_or_is_skipped(tmp_path: Path) -> None:
     text = corpus(tmp_path / "text")
     explode = ["optim.lr=1e30", "train.max_grad_norm=0"]
-    done = subprocess.run(
-        command(text, tmp_path / "stop", 1, *explode),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = attempt(text, tmp_path / "stop", 1, *explode)
     assert done.returncode != 0
     assert "train.on_nonfinite=skip" in done.stderr
     (saved,) = (tmp_path / "stop").glob("nonfinite-step-*.json")
