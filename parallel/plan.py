@@ -21,12 +21,14 @@ class DispatchPlan:
             sorted by the first three, each triple once.
         borrowed: int64 [m, 3], (expert, home rank, borrowing rank), unique and sorted.
         num_ranks: R, ranks of the EP group. num_experts: E.
+        keep: whether what is borrowed stays for the other micro-batches of the optimizer step.
     """
 
     rows: Tensor
     borrowed: Tensor
     num_ranks: int
     num_experts: int
+    keep: bool = False
 
     def load_R(self) -> Tensor:
         """Rows computed by every rank, int64 [R]."""

@@ -1,4 +1,4 @@
-"""Planners: pure functions from rows per source rank and expert to a dispatch plan."""
+"""Standard expert parallelism: the home computes all rows of its experts."""
 
 from __future__ import annotations
 
