@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.plan import DispatchPlan
+
+Made = TypeVar("Made")
 
 # Operators by which the routers of `transformers` choose experts; each returns (values, ids).
 CHOOSING = (
@@ -43,8 +45,8 @@ class Decision:
 
 
 _collected: ContextVar[list[Decision] | None] = ContextVar("collected", default=None)
-_tape: ContextVar[list[Decision] | None] = ContextVar("tape", default=None)
-_replay: ContextVar[Iterator[Decision] | None] = ContextVar("replay", default=None)
+_tape: ContextVar[list[Any] | None] = ContextVar("tape", default=None)
+_replay: ContextVar[Iterator[Any] | None] = ContextVar("replay", default=None)
 
 
 @contextmanager
@@ -58,15 +60,24 @@ def collect_decisions() -> Iterator[list[Decision]]:
         _collected.reset(token)
 
 
-def decide(make: Callable[[], Decision]) -> Decision:
-    """A layer's decision: made now, or in a repeated forward the one made before."""
+def once(make: Callable[[], Made]) -> Made:
+    """What `make` returns: made now, or in a repeated forward what was made before."""
     replay = _replay.get()
     if replay is not None:
         return next(replay)
-    decision = make()
-    for sink in (_tape.get(), _collected.get()):
-        if sink is not None:
-            sink.append(decision)
+    made = make()
+    tape = _tape.get()
+    if tape is not None:
+        tape.append(made)
+    return made
+
+
+def decide(make: Callable[[], Decision]) -> Decision:
+    """A layer's decision, made once per forward and collected once."""
+    decision = once(make)
+    collected = _collected.get()
+    if collected is not None and not is_replaying():
+        collected.append(decision)
     return decision
 
 
@@ -77,7 +88,7 @@ def is_replaying() -> bool:
 
 def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """`context_fn` for torch.utils.checkpoint: keeps the choice of experts, counts and plans."""
-    tape: list[Decision] = []
+    tape: list[Any] = []
     choices: list[tuple[Tensor, ...]] = []
     return _Recording(tape, choices), _Repeating(tape, choices)
 
@@ -85,7 +96,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
 class _Recording(TorchDispatchMode):
     """The first forward: notes decisions and what the choosing operators returned."""
 
-    def __init__(self, tape: list[Decision], choices: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, tape: list[Any], choices: list[tuple[Tensor, ...]]) -> None:
         super().__init__()
         self.tape, self.choices = tape, choices
 
@@ -107,7 +118,7 @@ class _Recording(TorchDispatchMode):
 class _Repeating(TorchDispatchMode):
     """A repeated forward: the same decisions and choices, whatever rounding says this time."""
 
-    def __init__(self, tape: list[Decision], choices: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, tape: list[Any], choices: list[tuple[Tensor, ...]]) -> None:
         super().__init__()
         self.tape, self.choices = tape, choices
 

@@ -21,13 +21,15 @@ class ParallelMesh:
 
     `dense` has the axis "dp" over all ranks: dense parameters are sharded there. `expert` has
     the axes "edp" x "ep": the ranks of one EP group are contiguous and together hold every
-    expert once; the EDP group holds the copies of the same experts.
+    expert once; the EDP group holds the copies of the same experts. Borrowed experts travel in
+    `weights_group`, the ranks of the EP group again, where a backend cannot tell messages apart.
     """
 
     dense: DeviceMesh
     expert: DeviceMesh
     device: torch.device
     ranks_per_node: int
+    weights_group: dist.ProcessGroup | None = None
 
     @classmethod
     def build(
@@ -62,7 +64,13 @@ class ParallelMesh:
             device = torch.device(device_type)
         dense = init_device_mesh(device_type, (world,), mesh_dim_names=("dp",))
         expert = init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=("edp", "ep"))
-        return cls(dense, expert, device, ranks_per_node)
+        weights_group = None
+        if device_type == "cuda":
+            expert_again = init_device_mesh(
+                device_type, (world // ep, ep), mesh_dim_names=("edp", "lending")
+            )
+            weights_group = expert_again.get_group("lending")
+        return cls(dense, expert, device, ranks_per_node, weights_group)
 
     @property
     def rank(self) -> int:

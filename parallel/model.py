@@ -23,6 +23,8 @@ def parallelize(
     placement: ExpertPlacement | None = None,
     planner: Planner = home_plan,
     dispatcher: type[Dispatcher] | None = None,
+    num_chunks: int = 1,
+    refetch: bool = False,
 ) -> nn.Module:
     """Replace the experts of every MoE block by `ExpertParallel`, in place, and return the model.
 
@@ -30,7 +32,9 @@ def parallelize(
         model: any causal LM of `transformers` whose MoE blocks call
             `experts(hidden_states, top_k_index, top_k_weights)`; also on the meta device.
         mesh: the ranks. placement: home rank per layer and expert; default contiguous.
-        planner: decides who computes which rows. dispatcher: class of the dispatcher.
+        planner: decides who computes which rows; one with a memory (`for_layer`) is copied for
+            every layer. dispatcher: class of the dispatcher.
+        num_chunks, refetch: see `ExpertParallel`.
 
     Raises:
         ValueError: if the model has no such block or one whose experts cannot be split, if the
@@ -42,13 +46,16 @@ def parallelize(
         placement = ExpertPlacement.contiguous(len(blocks), num_experts, mesh.ep_size)
     _check_placement(placement, len(blocks), num_experts, mesh)
     dispatcher_class = dispatcher or Dispatcher
+    nodes = mesh.node_of_ep_ranks()
     for index, (name, experts) in enumerate(blocks):
         layer = ExpertParallel(
             experts,
             layer_index=index,
             home_E=placement.home_LE[index].clone(),
-            planner=planner,
-            dispatcher=dispatcher_class(mesh.ep_group, num_experts),
+            planner=planner.for_layer(index) if hasattr(planner, "for_layer") else planner,
+            dispatcher=dispatcher_class(mesh.ep_group, num_experts, nodes, mesh.weights_group),
+            num_chunks=num_chunks,
+            refetch=refetch,
         )
         model.set_submodule(name, layer)
     return model

@@ -12,13 +12,17 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from parallel import bags as bags_module
 from parallel import dispatch as dispatch_module
 from parallel import experts as experts_module
+from parallel.bags import Bags
+from parallel.borrow import Loan
 from parallel.dispatch import Dispatcher
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.plan import DispatchPlan, Planner
 from parallel.planners import home_plan
+from parallel.two_level import TwoLevelDispatcher
 from tests.parallel.oracle import oracle_experts, random_plan
 from tests.ranks import run_ranks
 
@@ -69,7 +73,14 @@ def make_tokens(rank: int, num_tokens: int, num_experts: int, top_k: int, hot: s
 
 
 def make_layer(
-    mesh: ParallelMesh, num_experts: int, home_E: Tensor, planner: Planner
+    mesh: ParallelMesh,
+    num_experts: int,
+    home_E: Tensor,
+    planner: Planner,
+    *,
+    ranks_per_node: int = 99,
+    two_level: bool = False,
+    **options: Any,
 ) -> ExpertParallel:
     config = Qwen3MoeConfig(
         num_experts=num_experts, hidden_size=D, moe_intermediate_size=F, hidden_act="silu"
@@ -77,9 +88,12 @@ def make_layer(
     family = Qwen3MoeExperts(config).double()
     gate_up, down = make_stacks(num_experts)
     family.gate_up_proj.data, family.down_proj.data = gate_up, down
-    dispatcher = Dispatcher(mesh.ep_group, num_experts)
+    nodes = [rank // ranks_per_node for rank in range(mesh.ep_size)]
+    dispatcher = (TwoLevelDispatcher if two_level else Dispatcher)(
+        mesh.ep_group, num_experts, nodes
+    )
     return ExpertParallel(
-        family, layer_index=0, home_E=home_E, planner=planner, dispatcher=dispatcher
+        family, layer_index=0, home_E=home_E, planner=planner, dispatcher=dispatcher, **options
     )
 
 
@@ -87,7 +101,8 @@ def run_layer(case: dict[str, Any]) -> dict[str, Any]:
     """One rank's part: outputs and gradients of inputs, weights and native experts."""
     mesh = ParallelMesh.build(ep=case["ep"], device_type="cpu")
     num_experts = case["num_experts"]
-    layer = make_layer(mesh, num_experts, case["home_E"], case["planner"])
+    options = case.get("options", {})
+    layer = make_layer(mesh, num_experts, case["home_E"], case["planner"], **options)
     tokens = case["tokens"][mesh.rank]
     x, ids, weights = make_tokens(mesh.rank, tokens, num_experts, case["top_k"], case["hot"])
     x.requires_grad_()
@@ -231,36 +246,32 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 
 def weights_not_applied(patch: pytest.MonkeyPatch) -> None:
-    forward = dispatch_module._WeightedSum.forward
-
-    def broken(ctx: Any, y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
-        return forward(ctx, y, torch.ones_like(weights), row)
-
-    patch.setattr(dispatch_module._WeightedSum, "forward", staticmethod(broken))
+    total = Bags.total
+    patch.setattr(Bags, "total", lambda bags, y, weight=None: total(bags, y))
 
 
 def gradient_rows_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.flip(0), None, None
+    gather = Bags.gather
 
-    patch.setattr(dispatch_module._Permute, "backward", staticmethod(broken))
+    def broken(bags: Bags, x: Tensor) -> Tensor:
+        rows = gather(bags, x)
+        return rows if torch.is_grad_enabled() else rows.flip(0)
+
+    patch.setattr(Bags, "gather", broken)
 
 
 def gradients_of_a_token_not_summed(patch: pytest.MonkeyPatch) -> None:
-    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        num_tokens, num_choices = ctx.shape_TK
-        out = grad.new_zeros(num_tokens, grad.shape[1])
-        out[ctx.saved_tensors[0] // num_choices] = grad
-        return out, None, None
+    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        bags = Bags(*ctx.saved_tensors)
+        out = grad.new_zeros(len(bags.start_U), grad.shape[1])
+        out[bags.copy_M] = grad
+        return out, None
 
-    patch.setattr(dispatch_module._Spread, "backward", staticmethod(broken))
+    patch.setattr(bags_module._Expand, "backward", staticmethod(broken))
 
 
 def borrowed_gradients_lost(patch: pytest.MonkeyPatch) -> None:
-    def broken(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.stack_shape), None
-
-    patch.setattr(experts_module._Lend, "backward", staticmethod(broken))
+    patch.setattr(Loan, "collect", lambda loan: {})
 
 
 def activation_on_the_other_half(patch: pytest.MonkeyPatch) -> None:
