@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from parallel.comm import Ring, Tag, post
+from parallel.phases import event
 
 ALIGNMENT = 16  # elements: where a parameter starts in a message, for grouped products on GPUs
 
@@ -149,7 +149,7 @@ class Loan:
             return
         self._weights = self._new(len(self.experts), self.layout.size, self.dtype)
         self._fetching = True
-        with torch.no_grad(), record_function("evenkeel.lend"):
+        with torch.no_grad(), event("lend"):
             me = self.ring.rank
             lent = {hop.expert for hop in self.first if hop.source == me}
             packed = {e: self.layout.pack(stacks, self.slots[e]) for e in sorted(lent)}
@@ -197,7 +197,7 @@ class Loan:
         """Sums of the returned gradients of experts at home here, by native slot and parameter."""
         totals: dict[int, Tensor] = {}
         while self._rounds:
-            with record_function("evenkeel.collect gradients"):
+            with event("collect gradients"):
                 self._wait()
                 for expert, _, destination in self._rounds.pop(0):
                     if destination == self.ring.rank:
@@ -225,7 +225,7 @@ class Loan:
         if not self._rounds:
             return
         assert self._gradients is not None
-        with record_function("evenkeel.return gradients"):
+        with event("return gradients"):
             if self._inbox is None:
                 self._inbox = self._new(1, self.trainable.size, self._gradients.dtype)
             mine = {expert: self._gradients[place] for expert, place in self._place.items()}
@@ -236,7 +236,7 @@ class Loan:
             return
         assert self._weights is not None
         self._fetching = False
-        with record_function("evenkeel.wait for borrowed weights"):
+        with event("wait for borrowed weights"):
             self._wait()
             here = {expert: self._weights[place] for expert, place in self._place.items()}
             self._post(self.second, here, self._weights, Tag.WEIGHTS)

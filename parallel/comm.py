@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.phases import event
+
 
 class Tag(IntEnum):
     """Kinds of messages that may be in flight at once between the same two ranks."""
@@ -133,14 +135,16 @@ class Exchange:
                 sends.append((peers[0][step], outbox[place]))
             if len(inbox[place]):
                 receives.append((peers[1][step], inbox[place]))
-        self._works = post(sends, receives, self.ring.group, self.tag)
+        with event(f"set out {self.tag.name.lower()}"):
+            self._works = post(sends, receives, self.ring.group, self.tag)
         self._flying = x_MD, out_MD
 
     def land(self) -> Tensor:
         """The rows that came here, by step, once they are here."""
         assert self._flying is not None, "nothing was set out"
-        for work in self._works:
-            work.wait()
+        with event(f"wait for {self.tag.name.lower()}"):
+            for work in self._works:
+                work.wait()
         _, out_MD = self._flying
         self._works, self._flying = [], None
         return out_MD

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.borrow import Loan
 from parallel.decisions import is_replaying
+from parallel.phases import event
 
 
 def grouped_linear(
@@ -78,7 +79,8 @@ class _GroupedLinear(torch.autograd.Function):
         products = _Products(x_MI, weight.shape[2 if is_transposed else 1])
         for rows, part_S, loan in ctx.parts:
             stack = weight if loan is None else loan.stack(name)
-            y_MO = products.add(rows, stack if is_transposed else stack.transpose(1, 2), part_S)
+            with event("native products" if loan is None else "borrowed products"):
+                y_MO = products.add(rows, stack if is_transposed else stack.transpose(1, 2), part_S)
             if bias is not None:
                 biases = bias if loan is None else loan.stack(f"{name}_bias")
                 for slot, of_slot in _slices(part_S):
@@ -94,21 +96,23 @@ class _GroupedLinear(torch.autograd.Function):
         # Borrowed slots first: their gradients then travel during the products of native ones.
         for rows, part_S, loan in reversed(ctx.parts):
             x, grad = x_MI[rows], grad_MO[rows]
-            if loan is not None:
-                _add_weight_gradients(loan.gradient(ctx.name), x, grad, part_S, ctx.is_transposed)
-                if ctx.has_bias:
-                    _add_bias_gradients(loan.gradient(f"{ctx.name}_bias"), grad, part_S)
-            if ctx.needs_input_grad[0]:
-                stack = weight if loan is None else loan.stack(ctx.name)
-                products.add(rows, stack.transpose(1, 2) if ctx.is_transposed else stack, part_S)
+            stack = weight if loan is None else loan.stack(ctx.name)
+            with event("native gradients" if loan is None else "borrowed gradients"):
+                if loan is not None:
+                    total = loan.gradient(ctx.name)
+                    _add_weight_gradients(total, x, grad, part_S, ctx.is_transposed)
+                    if ctx.has_bias:
+                        _add_bias_gradients(loan.gradient(f"{ctx.name}_bias"), grad, part_S)
+                elif ctx.needs_input_grad[1]:
+                    grad_weight = _weight_gradients(weight, x, grad, part_S, ctx.is_transposed)
+                if loan is None and ctx.needs_input_grad[2]:
+                    grad_bias = grad.new_zeros(len(part_S), grad.shape[1])
+                    _add_bias_gradients(grad_bias, grad, part_S)
+                if ctx.needs_input_grad[0]:
+                    stack_SOI = stack.transpose(1, 2) if ctx.is_transposed else stack
+                    products.add(rows, stack_SOI, part_S)
             if loan is not None:
                 loan.used()
-                continue
-            if ctx.needs_input_grad[1]:
-                grad_weight = _weight_gradients(weight, x, grad, part_S, ctx.is_transposed)
-            if ctx.needs_input_grad[2]:
-                grad_bias = grad.new_zeros(len(part_S), grad.shape[1])
-                _add_bias_gradients(grad_bias, grad, part_S)
         grad_x = products.all() if ctx.needs_input_grad[0] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None
 

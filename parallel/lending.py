@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.borrow import Loan
-from parallel.step import current_step
+from parallel.step import OptimizerStep, current_step
 
 
 def join_returned(stacks: Mapping[str, Tensor], loans: Sequence[Loan]) -> Mapping[str, Tensor]:
@@ -71,7 +71,7 @@ class _Backward(torch.autograd.Function):
         out_TD: Tensor,
         loans: Sequence[Loan],
         names: list[str],
-        step: Any,
+        step: OptimizerStep | None,
         *native: Tensor,
     ) -> Tensor:
         ctx.loans, ctx.names, ctx.step = loans, names, step

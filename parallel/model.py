@@ -13,6 +13,7 @@ from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.plan import Planner
 from parallel.planners import home_plan
+from parallel.shared import compute_shared_meanwhile
 from placement.table import ExpertPlacement
 
 
@@ -25,6 +26,7 @@ def parallelize(
     dispatcher: type[Dispatcher] | None = None,
     num_chunks: int = 1,
     refetch: bool = False,
+    shared_meanwhile: bool = True,
 ) -> nn.Module:
     """Replace the experts of every MoE block by `ExpertParallel`, in place, and return the model.
 
@@ -35,6 +37,7 @@ def parallelize(
         planner: decides who computes which rows; one with a memory (`for_layer`) is copied for
             every layer. dispatcher: class of the dispatcher.
         num_chunks, refetch: see `ExpertParallel`.
+        shared_meanwhile: compute shared experts while tokens travel, where the family allows it.
 
     Raises:
         ValueError: if the model has no such block or one whose experts cannot be split, if the
@@ -58,6 +61,8 @@ def parallelize(
             refetch=refetch,
         )
         model.set_submodule(name, layer)
+        if shared_meanwhile:
+            compute_shared_meanwhile(model.get_submodule(name.rpartition(".")[0]), layer.path)
     return model
 
 

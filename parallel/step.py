@@ -120,7 +120,7 @@ def num_slots(experts: nn.Module) -> int:
 
 
 def add_to_slot(parameter: Any, slot: int, gradient: Tensor) -> None:
-    """Add one expert's gradient to that of a stack [S, ...], of which this rank may hold a shard."""
+    """Add one expert's gradient to that of a stack [S, ...], whole or a shard of this rank."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     local = parameter.grad

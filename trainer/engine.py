@@ -19,6 +19,7 @@ from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, moe_layers, router_of
 from parallel.phases import time_phases
+from parallel.step import optimizer_step
 from placement.table import ExpertPlacement
 from trainer.balance import Balancer
 from trainer.metrics import Metric, reduce_metrics
@@ -123,12 +124,20 @@ class TorchEngine:
         for balancer in self.balancers:
             balancer.before_step(num_positions)
         total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        with collect_decisions() as decisions, time_phases(time_layers) as seconds:
+        with (
+            collect_decisions() as decisions,
+            time_phases(time_layers) as seconds,
+            optimizer_step() as step,
+        ):
             for index, batch in enumerate(micro_batches):
-                self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+                is_last = index == len(micro_batches) - 1
+                self.model.set_requires_gradient_sync(is_last)
                 loss = self._loss(batch)
+                if is_last:
+                    step.start_last_micro_batch()
                 (loss / num_tokens).backward()
                 total_loss += loss.detach()
+            step.finish([layer.experts for _, layer in moe_layers(self.model)], self.mesh.edp_group)
         norm = grad_norm_(
             [p for p in self.model.parameters() if p.grad is not None],
             self.max_grad_norm,

@@ -53,7 +53,8 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank of several; return metrics and this rank's parameters by logical key."""
     model: Any = full_model(case["family"])
     mesh = ParallelMesh.build(ep=case["ep"], device_type="cpu")
-    parallelize(model, mesh, planner=case.get("planner", home_plan))
+    layers = case.get("layers", {})
+    parallelize(model, mesh, planner=case.get("planner", home_plan), **layers)
     engine = TorchEngine(
         model,
         mesh,
