@@ -125,7 +125,7 @@ class Loan:
         on_return: Callable[[Loan], None] = lambda loan: None,
     ) -> None:
         self.borrowed, self.slots, self.ring = borrowed, slots, ring
-        self.keep, self.on_return = keep, on_return
+        self.keep, self.on_return, self.node_of_R = keep, on_return, node_of_R
         self.experts = [expert for expert, _, borrower in borrowed if borrower == ring.rank]
         self.first, self.second = hops(borrowed, node_of_R)
         self.layout = Layout.of(stacks)
@@ -143,10 +143,23 @@ class Loan:
         self._works: list[Any] = []
         self._sent: list[Tensor] = []
 
-    def start_fetch(self, stacks: Mapping[str, Tensor]) -> None:
-        """Set the weights out; nothing to do if they are here already."""
+    def bytes_sent(self, fetches: int = 1) -> tuple[int, int]:
+        """Bytes of weights and gradients that this rank sends, within its node and across."""
+        me, node_of_R = self.ring.rank, self.node_of_R
+        wide = torch.promote_types(self.dtype, torch.float32).itemsize
+        sent = [0, 0]
+        for _, source, destination in [*self.first, *self.second]:
+            across = int(node_of_R[source] != node_of_R[destination])
+            if source == me:
+                sent[across] += fetches * self.layout.size * self.dtype.itemsize
+            if destination == me:
+                sent[across] += self.trainable.size * wide
+        return sent[0], sent[1]
+
+    def start_fetch(self, stacks: Mapping[str, Tensor]) -> bool:
+        """Set the weights out; False if they are here already."""
         if self._weights is not None:
-            return
+            return False
         self._weights = self._new(len(self.experts), self.layout.size, self.dtype)
         self._fetching = True
         with torch.no_grad(), event("lend"):
@@ -155,6 +168,7 @@ class Loan:
             packed = {e: self.layout.pack(stacks, self.slots[e]) for e in sorted(lent)}
             self._post(self.first, packed, self._weights, Tag.WEIGHTS)
         self._sent = list(packed.values())  # alive until they are sent
+        return True
 
     def stack(self, name: str) -> Tensor:
         """One parameter of the experts borrowed by this rank, [n, ...]; waits until it is here."""

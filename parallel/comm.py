@@ -114,6 +114,18 @@ class Exchange:
         self._works: list[Any] = []
         self._flying: tuple[Tensor, Tensor] | None = None  # what is sent, where it is received
 
+    @property
+    def sent_within(self) -> int:
+        """Rows that leave this rank for others of its node."""
+        near = range(1, self.ring.per_node)
+        return sum(n for step, n in zip(self.steps, self.send_J, strict=True) if step in near)
+
+    @property
+    def sent_across(self) -> int:
+        """Rows that leave this rank for other nodes."""
+        pairs = zip(self.steps, self.send_J, strict=True)
+        return sum(n for step, n in pairs if step >= self.ring.per_node)
+
     def start(self, x_MD: Tensor, *, back: bool = False) -> None:
         """Set rows out, ordered by step.
 

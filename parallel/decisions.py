@@ -36,26 +36,53 @@ class Decision:
 
     Attributes:
         layer: index among the MoE layers. counts_RE: int64 rows per source rank and expert.
-        plan: who computes them.
+        plan: who computes them. planner_s: seconds that making it took.
     """
 
     layer: int
     counts_RE: Tensor
     plan: DispatchPlan
+    planner_s: float = 0.0
 
 
-_collected: ContextVar[list[Decision] | None] = ContextVar("collected", default=None)
+@dataclass(frozen=True)
+class Traffic:
+    """What this rank sends to other ranks for one MoE layer in one forward and its backward.
+
+    Attributes:
+        layer: index among the MoE layers.
+        rows_within, rows_across: bytes of tokens and their outputs in the forward pass, within
+            the node and to other nodes; the backward pass sends as many again.
+        experts_within, experts_across: bytes of borrowed weights and of gradients returned.
+    """
+
+    layer: int
+    rows_within: int
+    rows_across: int
+    experts_within: int
+    experts_across: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What all layers decided and sent, in order, each once."""
+
+    decisions: list[Decision]
+    traffic: list[Traffic]
+
+
+_collected: ContextVar[Collected | None] = ContextVar("collected", default=None)
 _tape: ContextVar[list[Any] | None] = ContextVar("tape", default=None)
 _replay: ContextVar[Iterator[Any] | None] = ContextVar("replay", default=None)
 
 
 @contextmanager
-def collect_decisions() -> Iterator[list[Decision]]:
-    """Collect the decisions of all layers that run inside, in order, each once."""
-    decisions: list[Decision] = []
-    token = _collected.set(decisions)
+def collect_layers() -> Iterator[Collected]:
+    """Collect what the layers that run inside decide and send."""
+    collected = Collected([], [])
+    token = _collected.set(collected)
     try:
-        yield decisions
+        yield collected
     finally:
         _collected.reset(token)
 
@@ -77,8 +104,15 @@ def decide(make: Callable[[], Decision]) -> Decision:
     decision = once(make)
     collected = _collected.get()
     if collected is not None and not is_replaying():
-        collected.append(decision)
+        collected.decisions.append(decision)
     return decision
+
+
+def report_traffic(make: Callable[[], Traffic]) -> None:
+    """Tell what a layer sends, if somebody collects it; once per forward."""
+    collected = _collected.get()
+    if collected is not None and not is_replaying():
+        collected.traffic.append(make())
 
 
 def is_replaying() -> bool:

@@ -55,6 +55,19 @@ class Chunk:
         return self.route.home(ticket)
 
 
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows under way to this rank, in chunks, and what this rank sent.
+
+    Attributes:
+        within, across: copies of tokens that left this rank, for its node and for others.
+    """
+
+    chunks: list[Chunk]
+    within: int
+    across: int
+
+
 class Dispatcher:
     """Dropless dispatch over one EP group: every copy straight to its rank.
 
@@ -119,7 +132,7 @@ class Dispatcher:
         plan: DispatchPlan,
         slot_E: Tensor,
         num_chunks: int = 1,
-    ) -> list[Chunk]:
+    ) -> Dispatched:
         """Send every token to the ranks that compute its rows: a second host sync, for the sizes.
 
         Args:
@@ -157,7 +170,7 @@ class Dispatcher:
         copies_J, coming_J = torch.stack([copies.number_J, coming_J]).cpu()
         num_slots = int(slot_E.max()) + 1
 
-        chunks = []
+        chunks, within, across = [], 0, 0
         for steps in groups:
             if stay and steps[0] == 0:
                 route: Route = Own()
@@ -175,7 +188,8 @@ class Dispatcher:
             rows_S = _sum_by(slots, coming.rows[part], num_slots)
             ticket = route.out(x_TD)
             chunks.append(Chunk(rows_S, bags, weight_M[rows].index_select(0, order), route, ticket))
-        return chunks
+            within, across = within + route.within, across + route.across
+        return Dispatched(chunks, within, across)
 
     def groups(self, num_chunks: int) -> list[range]:
         """Steps of the ring whose rows are computed together, in the order of computation."""

@@ -35,6 +35,18 @@ class Experts(nn.Module):
             delattr(family, name)
         self.family = family
 
+    def widths_kept(self) -> int:
+        """Elements that a layer keeps of every row for the backward pass.
+
+        The row, the outputs of the first product, the inputs of the second and its outputs.
+        """
+        family: Any = self.family
+        up, down = (
+            getattr(self, name)
+            for name in ("gate_up_proj" if family.has_gate else "up_proj", "down_proj")
+        )
+        return sum(up.shape[1:]) + sum(down.shape[1:])
+
     def stacks(self) -> dict[str, Tensor]:
         """The native stacks by name."""
         return {name: getattr(self, name) for name in self.names}

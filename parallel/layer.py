@@ -5,6 +5,7 @@ T tokens on this rank, K choices, E experts, D hidden width, M rows computed her
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.borrow import Loan
-from parallel.decisions import Decision, decide, is_replaying, once
-from parallel.dispatch import Dispatcher
+from parallel.decisions import Decision, Traffic, decide, is_replaying, once, report_traffic
+from parallel.dispatch import Dispatched, Dispatcher
 from parallel.experts import Experts, expert_outputs
 from parallel.lending import join_returned, notice_backward
 from parallel.phases import phase
@@ -127,25 +128,23 @@ class DataPath:
             plan = decide(lambda: self._decide(ids_TK)).plan
         with phase("borrow"):
             loans = once(lambda: self._borrow(plan, stacks))
-            for loan in loans:
-                loan.start_fetch(stacks)
+            fetched = [loan for loan in loans if loan.start_fetch(stacks)]
             stacks = join_returned(stacks, loans)
         with phase("dispatch"):
-            chunks = self.dispatcher.dispatch(
-                x_TD, ids_TK, weights_TK, plan, self._slot_E(loans), self.num_chunks
-            )
+            slot_E = self._slot_E(loans)
+            sent = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, plan, slot_E, self.num_chunks)
             if self.meanwhile is not None:
                 self.meanwhile()
         with phase("compute"):
             back = []
-            for chunk in chunks:
+            for chunk in sent.chunks:
                 x_MD = chunk.receive()
                 y_MD = expert_outputs(self.family, x_MD, chunk.rows_S, stacks, loans)
                 back.append(chunk.send_back(y_MD))
         with phase("combine"):
-            out_TD = chunks[0].finish(back[0])
-            for chunk, ticket in zip(chunks[1:], back[1:], strict=True):
-                out_TD = out_TD + chunk.finish(ticket)
+            finished = [c.finish(ticket) for c, ticket in zip(sent.chunks, back, strict=True)]
+            out_TD = sum(finished[1:], finished[0])
+        report_traffic(lambda: self._traffic(sent, x_TD, fetched))
         if self.refetch and not is_replaying():
             for loan in loans:
                 if not loan.keep:
@@ -156,11 +155,13 @@ class DataPath:
         """Count, plan, and take the plan into the digest that the next count compares."""
         where = f"MoE layer {self.layer_index}"
         counts_RE = self.dispatcher.count(ids_TK, self.agreed, where)
+        start = time.perf_counter()
         plan = self.planner(counts_RE, self.home_E)
+        seconds = time.perf_counter() - start
         decided = (counts_RE.flatten() * self._mix).sum(), plan.load_R()
         parts = torch.cat([decided[0][None], decided[1], plan.borrowed.flatten()])
         self.agreed = zlib.crc32(parts.numpy().tobytes(), self.agreed)
-        return Decision(self.layer_index, counts_RE, plan)
+        return Decision(self.layer_index, counts_RE, plan, seconds)
 
     def _borrow(self, plan: DispatchPlan, stacks: Mapping[str, Tensor]) -> list[Loan]:
         """Loans that bring what the plan borrows: one, or those that are kept for the step."""
@@ -193,6 +194,17 @@ class DataPath:
         if step is not None:
             loan.on_return = lambda loan: step.expect(self.owner, loan)
         return loan
+
+    def _traffic(self, sent: Dispatched, x_TD: Tensor, fetched: list[Loan]) -> Traffic:
+        row = 2 * x_TD.shape[1] * x_TD.itemsize  # a token there, its sum back
+        experts = [loan.bytes_sent(1 + self.refetch) for loan in fetched]
+        return Traffic(
+            self.layer_index,
+            sent.within * row,
+            sent.across * row,
+            sum(within for within, _ in experts),
+            sum(across for _, across in experts),
+        )
 
     def _slot_E(self, loans: list[Loan]) -> Tensor:
         """This rank's slot of every expert, int64 [E]: native by id, then borrowed; -1 for none."""

@@ -18,6 +18,16 @@ from parallel.comm import Exchange, arrive, depart
 class Route(Protocol):
     """The way of one chunk's copies to this rank, and of their sums home again; differentiable."""
 
+    @property
+    def within(self) -> int:
+        """Copies that this rank sends to other ranks of its node."""
+        ...
+
+    @property
+    def across(self) -> int:
+        """Copies that this rank sends to other nodes."""
+        ...
+
     def out(self, x_TD: Tensor) -> Tensor:
         """Set this rank's copies out; returns a ticket for `arrive`."""
         ...
@@ -38,6 +48,8 @@ class Route(Protocol):
 class Own:
     """Rows that a rank computes for itself: its tokens are there already."""
 
+    within = across = 0
+
     def out(self, x_TD: Tensor) -> Tensor:
         return x_TD
 
@@ -54,6 +66,14 @@ class Direct:
 
     home_bags: Bags
     exchange: Exchange
+
+    @property
+    def within(self) -> int:
+        return self.exchange.sent_within
+
+    @property
+    def across(self) -> int:
+        return self.exchange.sent_across
 
     def out(self, x_TD: Tensor) -> Tensor:
         return depart(expand(x_TD, self.home_bags), self.exchange)

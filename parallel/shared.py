@@ -26,7 +26,7 @@ def compute_shared_meanwhile(block: nn.Module, path: DataPath) -> bool:
             ahead = _Ahead(shared.forward)
             block.register_forward_pre_hook(ahead.note_input, with_kwargs=True)
             path.meanwhile = ahead.compute
-            shared.forward = ahead.take  # type: ignore[method-assign]
+            shared.forward = ahead.take
             return True
     return False
 

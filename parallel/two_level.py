@@ -100,26 +100,34 @@ class TwoLevel:
     """Copies to nodes, then to ranks.
 
     Attributes:
-        home_bags: the token of every copy that leaves for a node. across: between nodes.
+        home_bags: the token of every copy that leaves for a node. across_nodes: between nodes.
         relay_bags: the copy that came to this relay, of every copy that it hands on.
         spread: within the node.
     """
 
     home_bags: Bags
-    across: Exchange
+    across_nodes: Exchange
     relay_bags: Bags
     spread: Exchange
 
+    @property
+    def within(self) -> int:
+        return self.spread.sent_within
+
+    @property
+    def across(self) -> int:
+        return self.across_nodes.sent_across
+
     def out(self, x_TD: Tensor) -> Tensor:
-        return depart(expand(x_TD, self.home_bags), self.across)
+        return depart(expand(x_TD, self.home_bags), self.across_nodes)
 
     def arrive(self, ticket: Tensor) -> Tensor:
-        x_VD = arrive(ticket, self.across)
+        x_VD = arrive(ticket, self.across_nodes)
         return travel(expand(x_VD, self.relay_bags), self.spread)
 
     def back(self, y_UD: Tensor) -> Tensor:
         y_VD = reduce(travel(y_UD, self.spread, back=True), self.relay_bags)
-        return depart(y_VD, self.across, back=True)
+        return depart(y_VD, self.across_nodes, back=True)
 
     def home(self, ticket: Tensor) -> Tensor:
-        return reduce(arrive(ticket, self.across, back=True), self.home_bags)
+        return reduce(arrive(ticket, self.across_nodes, back=True), self.home_bags)

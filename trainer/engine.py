@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from parallel.decisions import Decision, checkpoint_contexts, collect_decisions
+from parallel.decisions import Decision, checkpoint_contexts, collect_layers
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, moe_layers, router_of
 from parallel.phases import time_phases
+from parallel.planners.stateful import StatefulPlanner
 from parallel.step import optimizer_step
 from placement.table import ExpertPlacement
 from trainer.balance import Balancer
@@ -102,9 +103,10 @@ class TorchEngine:
         if compile:
             for layer in decoder_layers(self.model):
                 layer.compile()
-        width = model.config.get_text_config().hidden_size
         dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
-        self.row_bytes = width * dtype.itemsize
+        layers = [layer for _, layer in moe_layers(model)]
+        self._last_decisions: list[Decision] = []
+        self.row_activation_bytes = layers[0].experts.widths_kept() * dtype.itemsize
         shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
         self.optimizer = make_optimizer(self.model)
         self.schedule = make_schedule(self.optimizer)
@@ -120,12 +122,14 @@ class TorchEngine:
             time_layers: also report the seconds of the phases of the MoE layers.
         """
         self.model.train()
+        layers = [layer for _, layer in moe_layers(self.model)]
+        self._tell_planners(layers)
         num_tokens, num_positions = self._global_counts(micro_batches)
         for balancer in self.balancers:
             balancer.before_step(num_positions)
         total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         with (
-            collect_decisions() as decisions,
+            collect_layers() as collected,
             time_phases(time_layers) as seconds,
             optimizer_step() as step,
         ):
@@ -137,18 +141,20 @@ class TorchEngine:
                     step.start_last_micro_batch()
                 (loss / num_tokens).backward()
                 total_loss += loss.detach()
-            step.finish([layer.experts for _, layer in moe_layers(self.model)], self.mesh.edp_group)
+            step.finish([layer.experts for layer in layers], self.mesh.edp_group)
+        self._last_decisions = collected.decisions
         norm = grad_norm_(
             [p for p in self.model.parameters() if p.grad is not None],
             self.max_grad_norm,
             self.mesh.dp_group,
         )
-        counts_LE = self._counts(decisions)
+        counts_LE = self._counts(collected.decisions)
+        home_LE = torch.stack([layer.path.home_E for layer in layers])
         metrics = reduce_metrics(
             {
                 "train/loss": Metric.sum(float(total_loss) / num_tokens),
                 "train/balance_loss": Metric.sum(sum(float(b.loss()) for b in self.balancers)),
-                **routing_metrics(decisions, self.mesh, self.row_bytes),
+                **routing_metrics(collected, home_LE, self.mesh, self.row_activation_bytes),
                 **{f"phase/{name}_s": Metric.max(s) for name, s in seconds.items() if time_layers},
             },
             self.mesh.dp_group,
@@ -214,6 +220,14 @@ class TorchEngine:
         counts = torch.tensor([tokens, positions], device=self.mesh.device)
         dist.all_reduce(counts, group=self.mesh.dp_group)
         return max(1, int(counts[0])), max(1, int(counts[1]))
+
+    def _tell_planners(self, layers: list[ExpertParallel]) -> None:
+        """Give planners with a memory the counts of the step before, layer by layer."""
+        for layer in layers:
+            planner = layer.path.planner
+            if isinstance(planner, StatefulPlanner):
+                mine = [d.counts_RE for d in self._last_decisions if d.layer == layer.layer_index]
+                planner.next_step(mine)
 
     def _counts(self, decisions: list[Decision]) -> Tensor:
         """Rows per layer and expert over the global batch: one collective for all layers."""

@@ -1,47 +1,57 @@
-"""What the routing of one optimizer step looked like: loads, balance, traffic."""
+"""What the routing of one optimizer step looked like: loads, balance, plans, traffic."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from parallel.decisions import Decision
+from parallel.decisions import Collected
 from parallel.mesh import ParallelMesh
 from trainer.metrics import Metric, load_ratio, max_violation
 
-DIRECTIONS = 2  # a row travels to the rank that computes it, and its output back
-
 
 def routing_metrics(
-    decisions: list[Decision], mesh: ParallelMesh, row_bytes: int
+    collected: Collected, home_LE: Tensor, mesh: ParallelMesh, row_activation_bytes: int
 ) -> dict[str, Metric]:
     """Metrics of the decisions of one step on this rank, to be reduced over all ranks.
 
-    `load_ratio` is max/mean rows per rank of an EP group, `max_violation` is max/mean - 1 rows
-    per expert, both means over micro-batches and layers. Rows and bytes are those that this rank
-    sends to other ranks, forward dispatch and combine.
+    `load_ratio` is max/mean rows per rank of an EP group as planned, `load_ratio_home` the same
+    if every row were computed at its expert's home, `max_violation` max/mean - 1 rows per expert,
+    `borrowed_experts` how many the ranks of an EP group borrow: means over micro-batches and
+    layers. Rows and bytes are those that this rank sends to other ranks.
 
     Args:
-        row_bytes: of one row on its way, in the dtype of the computation.
+        home_LE: home rank per layer and expert.
+        row_activation_bytes: that a layer keeps for the backward pass of every row it computes.
     """
-    nodes = torch.tensor(mesh.node_of_ep_ranks())
     me = mesh.ep_rank
-    total = within = across = 0
-    ratios, violations = [], []
-    for decision in decisions:
+    total = crossing = most = 0
+    ratios, before, violations, borrowed, planner_s = [], [], [], [], 0.0
+    for decision in collected.decisions:
         rows = decision.plan.rows
-        ratios.append(load_ratio(decision.plan.load_R()))
-        violations.append(max_violation(decision.counts_RE.sum(0)))
+        load_R, load_E = decision.plan.load_R(), decision.counts_RE.sum(0)
+        home_R = torch.zeros_like(load_R).index_add_(0, home_LE[decision.layer], load_E)
+        ratios.append(load_ratio(load_R))
+        before.append(load_ratio(home_R))
+        violations.append(max_violation(load_E))
+        borrowed.append(len(decision.plan.borrowed))
+        planner_s += decision.planner_s
+        most = max(most, int(load_R[me]))
         mine = rows[rows[:, 1] == me]
-        away = mine[mine[:, 2] != me]
-        near = nodes[away[:, 2]] == nodes[me]
         total += int(mine[:, 3].sum())
-        within += int(away[near, 3].sum())
-        across += int(away[~near, 3].sum())
+        crossing += int(mine[mine[:, 2] != me, 3].sum())
+    traffic = collected.traffic
     return {
         "moe/load_ratio": Metric.mean(sum(ratios), len(ratios)),
+        "moe/load_ratio_home": Metric.mean(sum(before), len(before)),
         "moe/max_violation": Metric.mean(sum(violations), len(violations)),
+        "moe/borrowed_experts": Metric.mean(sum(borrowed), len(borrowed)),
+        "moe/planner_ms": Metric.mean(1e3 * planner_s, len(ratios)),
+        "moe/activation_bytes": Metric.max(most * row_activation_bytes),
         "moe/rows": Metric.sum(total),
-        "moe/rows_crossing": Metric.sum(within + across),
-        "moe/bytes_within_nodes": Metric.sum(within * row_bytes * DIRECTIONS),
-        "moe/bytes_across_nodes": Metric.sum(across * row_bytes * DIRECTIONS),
+        "moe/rows_crossing": Metric.sum(crossing),
+        "moe/bytes_within_nodes": Metric.sum(sum(t.rows_within for t in traffic)),
+        "moe/bytes_across_nodes": Metric.sum(sum(t.rows_across for t in traffic)),
+        "moe/expert_bytes_within_nodes": Metric.sum(sum(t.experts_within for t in traffic)),
+        "moe/expert_bytes_across_nodes": Metric.sum(sum(t.experts_across for t in traffic)),
     }

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from parallel.decisions import Decision
+from parallel.decisions import Collected, Decision, Traffic
 from parallel.mesh import ParallelMesh
 from parallel.plan import DispatchPlan
 from tests.families import FAMILIES, tiny_config
@@ -145,21 +145,30 @@ def test_dead_experts() -> None:
 def traffic() -> dict[str, float]:
     mesh = ParallelMesh.build(ep=4, ranks_per_node=2, device_type="cpu")
     rows = torch.tensor([[0, 0, 0, 5], [0, 0, 1, 7], [0, 3, 0, 11], [1, 2, 3, 2]])
-    plan = DispatchPlan(rows, torch.empty(0, 3, dtype=torch.int64), 4, 2)
+    plan = DispatchPlan(rows, torch.tensor([[0, 0, 1]]), 4, 2)
     counts_RE = torch.tensor([[12, 0], [0, 0], [0, 2], [11, 0]])
-    metrics = routing_metrics([Decision(0, counts_RE, plan)], mesh, row_bytes=32 * 4)
-    return reduce_metrics(metrics, mesh.dp_group)
+    collected = Collected(
+        [Decision(0, counts_RE, plan, 0.001 * (1 + mesh.rank))],
+        [Traffic(0, 10, 20, 30, 40 + mesh.rank)],
+    )
+    home_LE = torch.tensor([[0, 3]])
+    return reduce_metrics(routing_metrics(collected, home_LE, mesh, 100), mesh.dp_group)
 
 
 def test_rows_and_bytes_by_link() -> None:
     (got, *others) = run_ranks(traffic, 4)
     assert all(other == got for other in others)
-    width_bytes = 32 * 4 * 2  # hidden width of the tiny model, fp32, there and back
     assert got["moe/rows"] == 25
     assert got["moe/rows_crossing"] == 7 + 11 + 2
-    assert got["moe/bytes_within_nodes"] == (7 + 2) * width_bytes
-    assert got["moe/bytes_across_nodes"] == 11 * width_bytes
+    assert got["moe/bytes_within_nodes"] == 4 * 10
+    assert got["moe/bytes_across_nodes"] == 4 * 20
+    assert got["moe/expert_bytes_within_nodes"] == 4 * 30
+    assert got["moe/expert_bytes_across_nodes"] == 40 + 41 + 42 + 43
     assert got["moe/load_ratio"] == pytest.approx(16 / (25 / 4))
+    assert got["moe/load_ratio_home"] == pytest.approx(23 / (25 / 4))
+    assert got["moe/borrowed_experts"] == 1
+    assert got["moe/planner_ms"] == pytest.approx(2.5)
+    assert got["moe/activation_bytes"] == 16 * 100
     assert got["moe/max_violation"] == pytest.approx(23 / 12.5 - 1)
 
 
