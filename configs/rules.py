@@ -23,6 +23,8 @@ AT_LEAST: dict[str, float] = {
     "train.eval_batches": 0,
     "train.log_every": 1,
     "train.time_layers_every": 0,
+    "train.record_routing_every": 0,
+    "train.dispatch_chunks": 0,
     "train.generate": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
@@ -46,6 +48,7 @@ ABOVE: dict[str, float] = {
 AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1}
 BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63}
 
+KEEPING = {"parallel.planners.Sticky", "parallel.planners.Replicated"}
 NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 MAX_POSITIONS = ("max_position_embeddings",)
@@ -73,6 +76,7 @@ def check(
         *_bounds(config),
         *_names(config),
         *_compile(config),
+        *_borrowed(config),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
         *_batch(config, world_size),
         *_schedule(config),
@@ -131,6 +135,16 @@ def _compile(config: Config) -> Iterator[str]:
         yield (
             "train.compile (true) has not been proven with train.activation_checkpointing (full); "
             "use one of the two"
+        )
+
+
+def _borrowed(config: Config) -> Iterator[str]:
+    target = config.planner.get("_target_", "") if isinstance(config.planner, dict) else ""
+    if config.train.refetch_borrowed and target in KEEPING:
+        name = target.rpartition(".")[2]
+        yield (
+            f"train.refetch_borrowed (true) contradicts planner ({name}), which keeps borrowed "
+            f"weights for the whole optimizer step; set it to false, or use planner=quota"
         )
 
 

@@ -96,6 +96,12 @@ class TrainConfig:
     """Number format of the forward and backward pass; master weights stay fp32."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """full: compute activations again in the backward pass, for less memory and more time."""
+    refetch_borrowed: bool = False
+    """Drop the weights of borrowed experts after the forward pass and fetch them again for the
+    backward pass: less memory, one more journey."""
+    dispatch_chunks: int = 1
+    """Parts of a layer's rows whose journeys and products overlap. 0: chosen for every layer from
+    times measured in the first steps."""
     compile: bool = False
     """Compile the decoder layers with torch.compile, where it works."""
     max_grad_norm: float = 1.0
@@ -108,6 +114,9 @@ class TrainConfig:
     """Steps between two lines of metrics."""
     time_layers_every: int = 0
     """Steps between two timings of the phases of the MoE layers, which slow that step. 0: off."""
+    record_routing_every: int = 0
+    """Steps between two recordings of the routing to run.dir/routing, every token's experts in
+    every layer. 0: off."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """A NaN or infinite loss or gradient: stop and save the ids of the batch, or skip the step
     and count it."""
@@ -209,15 +218,16 @@ class OptimConfig:
 class ClusterConfig:
     """Speeds of the machines, for metrics and planning; they never change results."""
 
-    intra_gbps: float = MISSING
-    """Bandwidth of one rank to another on the same node, Gbit/s in one direction."""
-    inter_gbps: float = MISSING
-    """Bandwidth of one rank to another node, Gbit/s in one direction."""
+    intra_gbps: float | None = None
+    """Bandwidth of one rank to another on the same node, Gbit/s in one direction. null: measured
+    at the start, if the planner wants to know."""
+    inter_gbps: float | None = None
+    """Bandwidth of one rank to another node, Gbit/s in one direction. null: as above."""
     flops: float | None = None
-    """Peak floating-point operations per second of one rank at train.precision. null: unknown,
-    and no utilisation is reported."""
-    latency_us: float = MISSING
-    """Time of an empty message between two nodes, microseconds."""
+    """Peak floating-point operations per second of one rank at train.precision. null: measured
+    for the planner, and no utilisation is reported."""
+    latency_us: float | None = None
+    """Time of an empty message between two nodes, microseconds. null: as above."""
 
 
 @dataclass
@@ -238,6 +248,8 @@ class Config:
     """Runs a whole optimizer step."""
     planner: Any = MISSING
     """Decides which rank computes which rows, for every layer of every micro-batch."""
+    dispatcher: Any = MISSING
+    """Brings tokens to the ranks that compute them, and the outputs back."""
     placement: Any = MISSING
     """Decides on which rank every expert lives."""
     balance: dict[str, Any] = field(default_factory=dict)

@@ -72,8 +72,27 @@ class Collected:
 
 
 _collected: ContextVar[Collected | None] = ContextVar("collected", default=None)
+_routing: ContextVar[list[tuple[int, Tensor]] | None] = ContextVar("routing", default=None)
 _tape: ContextVar[list[Any] | None] = ContextVar("tape", default=None)
 _replay: ContextVar[Iterator[Any] | None] = ContextVar("replay", default=None)
+
+
+@contextmanager
+def collect_routing(wanted: bool = True) -> Iterator[list[tuple[int, Tensor]]]:
+    """Collect the routing of the layers that run inside: layer index and expert ids [T, K]."""
+    routing: list[tuple[int, Tensor]] = []
+    token = _routing.set(routing if wanted else None)
+    try:
+        yield routing
+    finally:
+        _routing.reset(token)
+
+
+def report_routing(layer: int, ids_TK: Tensor) -> None:
+    """Tell which experts a layer's tokens chose, if somebody collects it; once per forward."""
+    routing = _routing.get()
+    if routing is not None and not is_replaying():
+        routing.append((layer, ids_TK.to("cpu", torch.int32)))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from parallel.dispatch import Dispatcher
 from parallel.layer import DataPath
 from parallel.plan import Planner
-from parallel.planners import LeastLoaded as Quota
+from parallel.planners import Quota
 from placement.table import ExpertPlacement
 
 

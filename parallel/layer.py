@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from parallel.borrow import Loan
-from parallel.decisions import Decision, Traffic, decide, is_replaying, once, report_traffic
+from parallel.decisions import (
+    Decision,
+    Traffic,
+    decide,
+    is_replaying,
+    once,
+    report_routing,
+    report_traffic,
+)
 from parallel.dispatch import Dispatched, Dispatcher
 from parallel.experts import Experts, expert_outputs
 from parallel.lending import join_returned, notice_backward
-from parallel.phases import phase
+from parallel.phases import phase, timed_layer
 from parallel.plan import DispatchPlan, Planner
 from parallel.step import current_step
 
@@ -81,7 +89,10 @@ class ExpertParallel(nn.Module):
             hidden_states: [T, D]. top_k_index: [T, K] expert ids, E for "no expert".
             top_k_weights: [T, K].
         """
-        return self.path(hidden_states, top_k_index.long(), top_k_weights, self.experts.stacks())
+        with timed_layer(self.layer_index):
+            return self.path(
+                hidden_states, top_k_index.long(), top_k_weights, self.experts.stacks()
+            )
 
     def extra_repr(self) -> str:
         return f"layer_index={self.layer_index}, num_experts={self.num_experts}"
@@ -124,6 +135,7 @@ class DataPath:
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, stacks: Mapping[str, Tensor]
     ) -> Tensor:
         """Weighted sums [T, D]. Args: stacks: the native weights [S, ...] by name."""
+        report_routing(self.layer_index, ids_TK)
         with phase("decide"):
             plan = decide(lambda: self._decide(ids_TK)).plan
         with phase("borrow"):

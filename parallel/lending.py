@@ -76,7 +76,8 @@ class _Backward(torch.autograd.Function):
     ) -> Tensor:
         ctx.loans, ctx.names, ctx.step = loans, names, step
         ctx.save_for_backward(*native)
-        return out_TD.view_as(out_TD)
+        ctx.mark_dirty(out_TD)  # the very tensor: blocks may add to it in place, a view FSDP refuses
+        return out_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def parallelize(
     *,
     placement: ExpertPlacement | None = None,
     planner: Planner = home_plan,
-    dispatcher: type[Dispatcher] | None = None,
+    dispatcher: Callable[..., Dispatcher] | None = None,
     num_chunks: int = 1,
     refetch: bool = False,
     shared_meanwhile: bool = True,
@@ -35,7 +36,7 @@ def parallelize(
             `experts(hidden_states, top_k_index, top_k_weights)`; also on the meta device.
         mesh: the ranks. placement: home rank per layer and expert; default contiguous.
         planner: decides who computes which rows; one with a memory (`for_layer`) is copied for
-            every layer. dispatcher: class of the dispatcher.
+            every layer. dispatcher: makes a dispatcher; default the class itself.
         num_chunks, refetch: see `ExpertParallel`.
         shared_meanwhile: compute shared experts while tokens travel, where the family allows it.
 

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 PHASES = ("decide", "borrow", "dispatch", "compute", "combine")
 
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
+_layer_seconds: ContextVar[dict[int, float] | None] = ContextVar("layer_seconds", default=None)
 
 
 def event(name: str) -> AbstractContextManager:
@@ -42,6 +43,29 @@ def phase(name: str) -> Iterator[None]:
         yield
     if seconds is not None:
         seconds[name] += _now() - start
+
+
+@contextmanager
+def time_layers() -> Iterator[dict[int, float]]:
+    """Sum up the seconds of every MoE layer's forward pass inside, by layer index."""
+    seconds: dict[int, float] = {}
+    token = _layer_seconds.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _layer_seconds.reset(token)
+
+
+@contextmanager
+def timed_layer(index: int) -> Iterator[None]:
+    """One forward pass of one layer."""
+    seconds = _layer_seconds.get()
+    if seconds is None:
+        yield
+        return
+    start = _now()
+    yield
+    seconds[index] = seconds.get(index, 0.0) + _now() - start
 
 
 def _now() -> float:

@@ -1,4 +1,4 @@
-"""Speeds of this machine, measured once at the start: products, and links within and across nodes."""
+"""Speeds of this machine, measured once at the start: products, links within and across nodes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ def measure_topology(
     if latency_us is None:
         latency_us = 1e6 * _seconds_of_message(ring, far, 8, mesh) if far else 0.0
     return Topology(tuple(nodes), intra_gbps, inter_gbps, flops, latency_us)
+
+
+def describe_topology(topology: Topology, bytes_per_parameter: float) -> str:
+    """The speeds, and from how many rows a borrowed expert pays, in one line."""
+    intra, inter = topology.rows_worth_moving(bytes_per_parameter)
+    links = [f"{topology.intra_gbps:.3g} Gbit/s within a node ({intra:,} rows)"]
+    if topology.num_nodes > 1:
+        links.append(
+            f"{topology.inter_gbps:.3g} Gbit/s and {topology.latency_us:.3g} us across nodes "
+            f"({inter:,} rows)"
+        )
+    return (
+        f"speeds of a rank: {topology.flops / 1e9:,.3g} GFLOP/s, {', '.join(links)}; "
+        f"in brackets the rows from which borrowing an expert pays"
+    )
 
 
 def _gbps(ring: Ring, step: int, mesh: ParallelMesh) -> float:

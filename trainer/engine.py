@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +20,9 @@ from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, moe_layers, router_of
 from parallel.phases import time_phases
-from parallel.planners.stateful import StatefulPlanner
+from parallel.planners import StatefulPlanner
 from parallel.step import optimizer_step
+from parallel.tune import ChunkTuner
 from placement.table import ExpertPlacement
 from trainer.balance import Balancer
 from trainer.metrics import Metric, reduce_metrics
@@ -76,6 +78,7 @@ class TorchEngine:
         recompute: activation checkpointing of every decoder layer; choices are kept.
         max_grad_norm: clip above this norm; 0 for never.
         reshard_after_forward: free gathered weights between forward and backward.
+        tune_chunks: choose the layers' numbers of chunks in the first steps.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class TorchEngine:
         compile: bool = False,
         max_grad_norm: float = 1.0,
         reshard_after_forward: bool = True,
+        tune_chunks: bool = False,
     ) -> None:
         self.mesh, self.balancers, self.max_grad_norm = mesh, balancers, max_grad_norm
         model.to(mesh.device)
@@ -105,6 +109,7 @@ class TorchEngine:
                 layer.compile()
         dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
         layers = [layer for _, layer in moe_layers(model)]
+        self.tuner = ChunkTuner(layers, mesh.dp_group) if tune_chunks else None
         self._last_decisions: list[Decision] = []
         self.row_activation_bytes = layers[0].experts.widths_kept() * dtype.itemsize
         shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
@@ -132,6 +137,7 @@ class TorchEngine:
             collect_layers() as collected,
             time_phases(time_layers) as seconds,
             optimizer_step() as step,
+            self.tuner.try_step() if self.tuner else nullcontext(),
         ):
             for index, batch in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
@@ -159,6 +165,7 @@ class TorchEngine:
             },
             self.mesh.dp_group,
         )
+        metrics["moe/chunks"] = sum(layer.path.num_chunks for layer in layers) / len(layers)
         metrics["train/grad_norm"] = float(norm)
         metrics["train/tokens"] = float(num_tokens)
         metrics["train/lr"] = float(self.schedule.get_last_lr()[0])

@@ -106,13 +106,19 @@ def build_model(
     placement: ExpertPlacement | None = None,
     planner: Planner,
     checkpoint: HFCheckpoint | None = None,
+    **layers: Any,
 ) -> nn.Module:
     """The model with this rank's experts, in fp32 on the CPU, the same for every number of ranks.
 
     Fresh weights depend on the seed, the parameter's name and the expert alone. With a
     checkpoint each rank reads the dense parameters and only its own experts.
+
+    Args:
+        layers: further options of `parallelize`.
     """
-    model: Any = parallelize(meta_model(config), mesh, placement=placement, planner=planner)
+    model: Any = parallelize(
+        meta_model(config), mesh, placement=placement, planner=planner, **layers
+    )
     model.to_empty(device="cpu")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         model.float()

@@ -20,6 +20,9 @@ from configs.schema import ActivationCheckpointing, Config, Precision, check
 from parallel.memory import keep_freed_memory
 from parallel.mesh import ParallelMesh
 from parallel.model import find_experts
+from parallel.plan import Planner
+from parallel.planners import Materialize, Sticky
+from parallel.probe import describe_topology, measure_topology
 from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import CheckpointReader
@@ -43,6 +46,7 @@ from trainer.sample import sample
 from trainer.trainer import Trainer
 
 PROMPT_TOKENS = 32
+GRADIENT_BYTES = 4  # of a borrowed parameter on its way home
 
 
 def run(config: Config) -> None:
@@ -87,8 +91,12 @@ def _run(config: Config) -> None:
         mesh,
         seed=config.seed,
         placement=placement,
-        planner=instantiate(config.planner),
+        planner=_planner(config, mesh, shape),
         checkpoint=checkpoint,
+        dispatcher=instantiate(config.dispatcher),
+        num_chunks=max(1, config.train.dispatch_chunks),
+        refetch=config.train.refetch_borrowed,
+        shared_meanwhile=not config.train.compile,  # its early call cannot be traced
     )
     engine = _engine(config, model, mesh)
     folder = Path(config.run.dir)
@@ -183,6 +191,38 @@ def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> Ex
     return placement(num_layers, num_experts, ep)
 
 
+def _planner(config: Config, mesh: ParallelMesh, shape: Any) -> Planner:
+    """The planner, fitted to the speeds of the machine and the model's widths if it asks."""
+    planner = instantiate(config.planner)
+    if not hasattr(planner, "for_topology") or mesh.ep_size == 1:
+        return planner
+    train, cluster, bf16 = config.train, config.cluster, config.train.precision is Precision.bf16
+    topology = measure_topology(
+        mesh,
+        torch.bfloat16 if bf16 else torch.float32,
+        intra_gbps=cluster.intra_gbps,
+        inter_gbps=cluster.inter_gbps,
+        flops=cluster.flops,
+        latency_us=cluster.latency_us,
+    )
+    value_bytes = 2 if bf16 else 4
+    bytes_per_parameter: float = value_bytes * (1 + train.refetch_borrowed) + GRADIENT_BYTES
+    if isinstance(planner, Sticky):  # an expert travels once for all micro-batches of a step
+        micro_batches = train.batch_size // (train.micro_batch_size * mesh.world_size)
+        bytes_per_parameter /= micro_batches
+    if mesh.rank == 0:
+        print(describe_topology(topology, bytes_per_parameter))
+    if isinstance(planner, Materialize):
+        _, experts = find_experts(shape)[0]
+        planner = planner.for_widths(
+            shape.config.get_text_config().hidden_size,
+            sum(stack[0].numel() for stack in experts.parameters(recurse=False)),
+            bytes_per_value=value_bytes,
+            bytes_per_parameter=bytes_per_parameter,
+        )
+    return planner.for_topology(topology, bytes_per_parameter)
+
+
 def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
     optim, train = config.optim, config.train
 
@@ -210,6 +250,7 @@ def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
         recompute=train.activation_checkpointing is ActivationCheckpointing.full,
         compile=train.compile,
         max_grad_norm=train.max_grad_norm,
+        tune_chunks=train.dispatch_chunks == 0,
     )
 
 

@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from configs.schema import Config, OnNonfinite
+from parallel.decisions import collect_routing
 from parallel.mesh import ParallelMesh
 from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
@@ -23,6 +24,7 @@ from trainer.loggers import LoggerList
 from trainer.metrics import dead_experts, max_violation, memory_bytes
 from trainer.modeling import seeded
 from trainer.ranks import agree
+from trainer.record import save_routing
 
 BITS_PER_NAT = 1.4426950408889634
 
@@ -156,8 +158,14 @@ class Trainer:
         with seeded(self.config.seed, f"step {progress.step} rank {self.mesh.rank}"):
             every = train.time_layers_every
             timed = bool(every) and (progress.step + 1) % every == 0
-            stats = self.engine.train_step(micro_batches, time_layers=timed)
+            every = train.record_routing_every
+            recorded = bool(every) and (progress.step + 1) % every == 0
+            with collect_routing(recorded) as routing:
+                stats = self.engine.train_step(micro_batches, time_layers=timed)
         progress.step += 1
+        if recorded:
+            path = Path(self.config.run.dir) / f"routing/step-{progress.step:08}.npz"
+            save_routing(path, routing, self.mesh, stats.counts_LE.shape[1])
         if not stats.finite:
             self._nonfinite(stats, ids)
             return stats

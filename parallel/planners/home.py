@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from parallel.plan import DispatchPlan
+from parallel.planners.assemble import NOTHING_N3, assemble
 
 
 def home_plan(counts_RE: Tensor, home_E: Tensor) -> DispatchPlan:
@@ -14,8 +14,8 @@ def home_plan(counts_RE: Tensor, home_E: Tensor) -> DispatchPlan:
     Args:
         counts_RE: int64 [R, E] rows per source rank and expert.
         home_E: int64 [E] home rank per expert.
+
+    Raises:
+        ValueError: for counts or homes that do not fit.
     """
-    num_ranks, num_experts = counts_RE.shape
-    expert, source = counts_RE.T.nonzero(as_tuple=True)
-    rows = torch.stack([expert, source, home_E[expert], counts_RE[source, expert]], dim=1)
-    return DispatchPlan(rows, torch.empty(0, 3, dtype=torch.int64), num_ranks, num_experts)
+    return assemble(counts_RE, home_E, NOTHING_N3)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from parallel.mesh import ParallelMesh
+from parallel.model import moe_layers, parallelize
 from parallel.plan import DispatchPlan
+from tests.parallel.test_families import full_model
 from tests.parallel.test_layer import RandomPlanner
+from tests.ranks import run_ranks
 from tests.trainer.test_engine import BASE, check
 
 
@@ -52,3 +58,18 @@ def test_several_groups_lend_different_experts(planner: RandomPlanner, family: s
 def test_chunks_while_training(recompute: bool) -> None:
     case = {**BASE, "world": 4, "ep": 4, "accumulate": 2, "planner": RandomPlanner(7)}
     check({**case, "recompute": recompute, "layers": {"num_chunks": 3, "refetch": True}})
+
+
+def test_blocks_may_change_the_output_in_place() -> None:
+    """FSDP2 loses its hook, and so the gradients, if a module's output is a view."""
+    assert run_ranks(output_is_view, 2) == [False, False]
+
+
+def output_is_view() -> bool:
+    model: Any = full_model("qwen3_moe")
+    mesh = ParallelMesh.build(ep=2, device_type="cpu")
+    parallelize(model, mesh, planner=RandomPlanner(3))
+    _, layer = moe_layers(model)[0]
+    x = torch.randn(6, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[0, 1]] * 6)
+    return layer(x, ids, torch.ones(6, 2, dtype=torch.float64))._is_view()
