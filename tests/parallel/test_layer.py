@@ -49,16 +49,20 @@ class RandomPlanner:
         return plan
 
 
-def make_stacks(num_experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_stacks(
+    num_experts: int, hidden: int = D, width: int = F, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    gate_up = torch.randn(num_experts, 2 * F, D, generator=generator, dtype=torch.float64)
-    down = torch.randn(num_experts, D, F, generator=generator, dtype=torch.float64)
+    gate_up = torch.randn(num_experts, 2 * width, hidden, generator=generator, dtype=torch.float64)
+    down = torch.randn(num_experts, hidden, width, generator=generator, dtype=torch.float64)
     return gate_up, down
 
 
-def make_tokens(rank: int, num_tokens: int, num_experts: int, top_k: int, hot: str) -> Any:
+def make_tokens(
+    rank: int, num_tokens: int, num_experts: int, top_k: int, hot: str, hidden: int = D
+) -> Any:
     generator = torch.Generator().manual_seed(100 + rank)
-    x = torch.randn(num_tokens, D, generator=generator, dtype=torch.float64)
+    x = torch.randn(num_tokens, hidden, generator=generator, dtype=torch.float64)
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     if hot == "skewed":
         scores[:, -1] += 1
@@ -78,15 +82,20 @@ def make_layer(
     home_E: Tensor,
     planner: Planner,
     *,
+    hidden: int = D,
+    width: int = F,
     ranks_per_node: int = 99,
     two_level: bool = False,
     **options: Any,
 ) -> ExpertParallel:
     config = Qwen3MoeConfig(
-        num_experts=num_experts, hidden_size=D, moe_intermediate_size=F, hidden_act="silu"
+        num_experts=num_experts,
+        hidden_size=hidden,
+        moe_intermediate_size=width,
+        hidden_act="silu",
     )
     family = Qwen3MoeExperts(config).double()
-    gate_up, down = make_stacks(num_experts)
+    gate_up, down = make_stacks(num_experts, hidden, width)
     family.gate_up_proj.data, family.down_proj.data = gate_up, down
     nodes = [rank // ranks_per_node for rank in range(mesh.ep_size)]
     dispatcher = (TwoLevelDispatcher if two_level else Dispatcher)(
