@@ -227,8 +227,13 @@ def _transposed(counts: np.ndarray) -> np.ndarray:
 
 def _whole_rows(counts_ER: np.ndarray, homes: Homes) -> np.ndarray:
     """The segments of a plan in which the homes compute everything."""
-    pair_P = (counts_ER != 0).ravel().nonzero()[0]
+    return _at_home(counts_ER, homes, (counts_ER != 0).ravel().nonzero()[0])
+
+
+def _at_home(counts_ER: np.ndarray, homes: Homes, pair_P: np.ndarray) -> np.ndarray:
+    """(expert, source, home, all rows) of pairs expert * R + source."""
     rows = homes.grid.take(pair_P, axis=0)
+    rows[:, 2] = homes.home_E.take(rows[:, 0])
     rows[:, 3] = counts_ER.take(pair_P)
     return rows
 
@@ -253,8 +258,7 @@ def _split_rows(
     pair_P[~is_split] = whole_P
     pair_P[place_M] = start_X.take(line_M) + cell_M
 
-    rows = homes.grid.take(pair_P, axis=0)
-    rows[:, 3] = counts_ER.take(pair_P)
+    rows = _at_home(counts_ER, homes, pair_P)
     rows[place_M, 2] = to_M - line_M * num_ranks
     rows[place_M, 3] = rows_M
     return rows

@@ -22,7 +22,8 @@ class Homes:
     Attributes:
         home_E: int64 [E] home rank per expert.
         experts_RS: int64 [R, S] experts of every rank, ascending.
-        grid: int64 [E * R, 4], (expert, source rank, home, 0) of every pair in canonical order.
+        grid: int64 [E * R, 4], (expert, source rank, 0, 0) of every pair in canonical order; one
+            for all homes.
     """
 
     home_E: np.ndarray
@@ -73,7 +74,7 @@ def row_limit(factor: float, total_rows: int, num_ranks: int) -> int:
     return math.ceil(factor * total_rows / num_ranks * (1 - 1e-14))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=1024)
 def _homes(home_bytes: bytes, num_ranks: int) -> Homes:
     home_E = np.frombuffer(home_bytes, dtype=np.int64)
     num_experts = len(home_E)
@@ -91,10 +92,14 @@ def _homes(home_bytes: bytes, num_ranks: int) -> Homes:
             f"{num_experts} / {num_ranks}"
         )
     experts_RS = np.argsort(home_E, kind="stable").reshape(num_ranks, -1)
+    experts_RS.flags.writeable = False
+    return Homes(home_E, experts_RS, _grid(num_experts, num_ranks))
+
+
+@lru_cache(maxsize=8)
+def _grid(num_experts: int, num_ranks: int) -> np.ndarray:
     grid = np.zeros((num_experts, num_ranks, 4), dtype=np.int64)
     grid[..., 0] = np.arange(num_experts)[:, None]
     grid[..., 1] = np.arange(num_ranks)
-    grid[..., 2] = home_E[:, None]
-    for table in (experts_RS, grid):
-        table.flags.writeable = False
-    return Homes(home_E, experts_RS, grid.reshape(-1, 4))
+    grid.flags.writeable = False
+    return grid.reshape(-1, 4)

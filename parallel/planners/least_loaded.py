@@ -108,8 +108,7 @@ def _corrected(
 ) -> list[tuple[int, int, int]]:
     """Rows (expert, rank, rows) away from home; no rank both borrows and lends."""
     load_R = list(load_R)
-    excess_R = [max(0, load - capacity) for load in load_R]
-    kept = max((excess for excess in excess_R if excess < min_rows), default=0)
+    kept = max([0, *(load - capacity for load in load_R if load < capacity + min_rows)])
     room_R = [capacity - load for load in load_R]
     at_home_E = list(rows_E)
     away: dict[tuple[int, int], int] = {}
@@ -117,7 +116,7 @@ def _corrected(
     for smallest, level in ((min_rows, capacity), (1, capacity + kept)):
         for expert in _descending(rows_E):
             home = home_E[expert]
-            while load_R[home] > level and excess_R[home] >= min_rows:
+            while load_R[home] > level:
                 helper = max(range(len(room_R)), key=room_R.__getitem__)
                 chunk = min(at_home_E[expert], load_R[home] - level, room_R[helper])
                 if chunk < smallest:

@@ -28,8 +28,11 @@ class _Loads(NamedTuple):
 
 
 class _Lent(NamedTuple):
-    """Expert, helper and rows of every move; rows to which helpers were filled and lenders
-    emptied, but for what they keep; rows of the fullest lender, if that is more."""
+    """Expert, helper and rows of every move, one after the other; and two numbers of rows.
+
+    The threshold is that to which helpers were filled and lenders emptied; the highest is what
+    the fullest rank has, more than the threshold if it keeps what is not worth a move.
+    """
 
     moves: list[int]
     threshold: int
@@ -38,21 +41,20 @@ class _Lent(NamedTuple):
 
 @dataclass(frozen=True)
 class Quota:
-    """Every rank gets a quota of rows; ranks above it lend experts to ranks below it.
+    """Ranks above a quota of rows lend experts to ranks below it, as few as will do.
 
-    Quotas instead of moves decide, as in UltraEP (arXiv:2606.04101): all ranks stay below one
-    threshold, the lowest that can be kept, and the fewest experts that do it are borrowed. No
-    rank both borrows and lends. Within a node first, then between nodes.
+    As in UltraEP (arXiv:2606.04101) the rows that each rank computes are decided first and the
+    experts to borrow follow: all ranks come to one threshold, the lowest that can be kept, within
+    nodes as far as possible, then between them. No rank both borrows and lends.
 
     Attributes:
-        tolerance: the aim; no rank computes more than (1 + tolerance) times the mean, rounded up.
-            Where the home plan keeps it, it is the plan. min_rows and max_borrowed may be in
-            its way.
-        alpha: the guarantee; no rank ever computes more than alpha times the mean, rounded up.
+        tolerance: the aim: no rank computes more than (1 + tolerance) times the mean, rounded up.
+            Only min_rows and max_borrowed can be in its way. A home plan that keeps it stays.
+        alpha: the guarantee: no rank ever computes more than alpha times the mean, rounded up;
             min_rows give way to it.
         max_borrowed: most experts that a rank borrows; None is no bound.
         min_rows_intra, min_rows_inter: rows from which borrowing an expert is worthwhile, from
-            the same node and from another one. A rank keeps what it has less too much.
+            the same node and from another one. A rank keeps what it has too much if it is less.
         node_of_R: node of every rank; None means one node.
 
     Raises:

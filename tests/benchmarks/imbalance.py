@@ -54,13 +54,13 @@ from tests.benchmarks.workloads import (
 from tests.ranks import run_ranks
 
 DEFAULTS = {
-    "tokens": 1024,
+    "tokens": 4096,
     "hidden": 256,
     "width": 512,
     "experts": 32,
     "top_k": 2,
     "steps": 3,
-    "repeats": 5,
+    "repeats": 3,
 }
 QUICK = {
     "tokens": 64,
