@@ -28,6 +28,7 @@ from parallel.experts import Experts, expert_outputs
 from parallel.lending import join_returned, notice_backward
 from parallel.phases import phase, timed_layer
 from parallel.plan import DispatchPlan, Planner
+from parallel.planners.stateful import StatefulPlanner
 from parallel.step import current_step
 
 
@@ -168,7 +169,10 @@ class DataPath:
         where = f"MoE layer {self.layer_index}"
         counts_RE = self.dispatcher.count(ids_TK, self.agreed, where)
         start = time.perf_counter()
-        plan = self.planner(counts_RE, self.home_E)
+        planner: Planner = self.planner
+        if not torch.is_grad_enabled() and isinstance(planner, StatefulPlanner):
+            planner = planner.stateless
+        plan = planner(counts_RE, self.home_E)
         seconds = time.perf_counter() - start
         decided = (counts_RE.flatten() * self._mix).sum(), plan.load_R()
         parts = torch.cat([decided[0][None], decided[1], plan.borrowed.flatten()])

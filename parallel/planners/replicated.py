@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.plan import DispatchPlan
+from parallel.plan import DispatchPlan, Planner
 from parallel.planners.assemble import assemble_checked
+from parallel.planners.home import home_plan
 from parallel.planners.inputs import check_inputs, check_nodes
 from parallel.planners.stateful import check_decay, decayed
 from parallel.planners.waterfill import waterfill
@@ -58,6 +59,11 @@ class Replicated:
         self._num_steps = 0
         self._home_E = np.empty(0, dtype=np.int64)  # of the copies; empty when they are due
         self._copies_N2 = np.empty((0, 2), dtype=np.int64)
+
+    @property
+    def stateless(self) -> Planner:
+        """Without copies: the home plan."""
+        return home_plan
 
     def for_layer(self, layer: int) -> Replicated:
         """An independent planner for one MoE layer."""

@@ -23,6 +23,11 @@ class StatefulPlanner(Planner, Protocol):
     foresight only.
     """
 
+    @property
+    def stateless(self) -> Planner:
+        """What plans where nothing is to be learned or kept: outside of training steps."""
+        ...
+
     def for_layer(self, layer: int) -> StatefulPlanner:
         """An independent planner for one MoE layer; nothing that either sees reaches the other.
 

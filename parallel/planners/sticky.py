@@ -73,6 +73,11 @@ class Sticky:
         self._home_E = np.empty(0, dtype=np.int64)  # of the held experts; empty before a step
         self._held_RE = np.zeros((0, 0), dtype=bool)
 
+    @property
+    def stateless(self) -> Planner:
+        """The planner that it asks."""
+        return self.planner
+
     def for_layer(self, layer: int) -> Sticky:
         """An independent planner for one MoE layer."""
         return deepcopy(self)

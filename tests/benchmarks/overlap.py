@@ -10,6 +10,7 @@ them. `--trace FILE` writes rank 1's trace for chrome://tracing or Perfetto.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,9 +41,17 @@ def one_expert_everywhere(counts_RE: Tensor, home_E: Tensor) -> DispatchPlan:
 
 
 def events_of_a_layer(
-    num_chunks: int, ranks_per_node: int, two_level: bool, trace: str | None = None
+    num_chunks: int,
+    ranks_per_node: int,
+    two_level: bool,
+    trace: str | None = None,
+    keep: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Names of the events of the forward and of the backward pass, in order, on this rank."""
+    """Names of the events of the forward and of the backward pass, in order, on this rank.
+
+    Args:
+        trace: where to write a trace. keep: whether borrowed experts stay for the optimizer step.
+    """
     mesh = ParallelMesh.build(ep=RANKS, ranks_per_node=ranks_per_node, device_type="cpu")
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(tiny_config("glm4_moe"))
@@ -50,7 +59,7 @@ def events_of_a_layer(
     parallelize(
         model,
         mesh,
-        planner=one_expert_everywhere,
+        planner=lambda counts, home: replace(one_expert_everywhere(counts, home), keep=keep),
         dispatcher=dispatcher,
         num_chunks=num_chunks,
     )
@@ -59,6 +68,7 @@ def events_of_a_layer(
     with optimizer_step() as step:
         with profile(activities=[ProfilerActivity.CPU]) as forward:
             out = block(x)
+        step.start_last_micro_batch()
         with profile(activities=[ProfilerActivity.CPU]) as backward:
             out.sum().backward()
         step.finish([block.experts.experts], mesh.edp_group)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.planners.eplb import pack, rebalance, replicate
+from tests.parallel.eplb import pack, rebalance, replicate
 from parallel.planners.home import home_plan
 from parallel.planners.replicated import Replicated, choose_copies
 from parallel.planners.stateful import StatefulPlanner
@@ -127,6 +127,18 @@ def test_copies_fill_slots_and_level(
             *np.flatnonzero(home_E == rank),
             *expert_N[rank_N == rank],
         }
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_experts_copied_are_those_of_eplb(seed: int) -> None:
+    """But for the last slot, whose rank may be the home of the expert whose turn it is."""
+    generator = np.random.default_rng(seed)
+    load_E = generator.dirichlet(np.ones(64))
+    home_E = generator.permutation(64) % 8
+    _, copies_E = replicate(load_E, 64 + 8)
+    ours = choose_copies(load_E, home_E, [0] * 8, 1)
+    different = np.abs(1 + np.bincount(ours[:, 0], minlength=64) - copies_E).sum()
+    assert different <= 2
 
 
 def skewed(seed: int, num_ranks: int, num_experts: int, tokens: int = 500) -> Tensor:
