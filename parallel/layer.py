@@ -26,7 +26,7 @@ from parallel.decisions import (
 from parallel.dispatch import Dispatched, Dispatcher
 from parallel.experts import Experts, expert_outputs
 from parallel.lending import join_returned, notice_backward
-from parallel.phases import phase, timed_layer
+from parallel.phases import phase, timed_layer, watch_backward
 from parallel.plan import DispatchPlan, Planner
 from parallel.planners.stateful import StatefulPlanner
 from parallel.step import current_step
@@ -91,9 +91,9 @@ class ExpertParallel(nn.Module):
             top_k_weights: [T, K].
         """
         with timed_layer(self.layer_index):
-            return self.path(
-                hidden_states, top_k_index.long(), top_k_weights, self.experts.stacks()
-            )
+            out = self.path(hidden_states, top_k_index.long(), top_k_weights, self.experts.stacks())
+        watch_backward(hidden_states, out)
+        return out
 
     def extra_repr(self) -> str:
         return f"layer_index={self.layer_index}, num_experts={self.num_experts}"

@@ -76,7 +76,9 @@ class _Backward(torch.autograd.Function):
     ) -> Tensor:
         ctx.loans, ctx.names, ctx.step = loans, names, step
         ctx.save_for_backward(*native)
-        ctx.mark_dirty(out_TD)  # the very tensor: blocks may add to it in place, a view FSDP refuses
+        ctx.mark_dirty(
+            out_TD
+        )  # the very tensor: blocks may add to it in place, a view FSDP refuses
         return out_TD
 
     @staticmethod

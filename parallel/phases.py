@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 PHASES = ("decide", "borrow", "dispatch", "compute", "combine")
+LAYERS_CPU = "layers_cpu"
 
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 _layer_seconds: ContextVar[dict[int, float] | None] = ContextVar("layer_seconds", default=None)
@@ -25,8 +27,12 @@ def event(name: str) -> AbstractContextManager:
 
 @contextmanager
 def time_phases(wanted: bool) -> Iterator[dict[str, float]]:
-    """Sum up the seconds of every phase inside; on GPUs this waits for the device at each."""
-    seconds = dict.fromkeys(PHASES, 0.0)
+    """Sum up the seconds of every phase inside; on GPUs this waits for the device at each.
+
+    LAYERS_CPU is the time that this rank's own thread was busy in the layers, forward and
+    backward: what a rank costs where ranks share cores and wall time says little.
+    """
+    seconds = dict.fromkeys((*PHASES, LAYERS_CPU), 0.0)
     token = _seconds.set(seconds if wanted else None)
     try:
         yield seconds
@@ -45,6 +51,20 @@ def phase(name: str) -> Iterator[None]:
         seconds[name] += _now() - start
 
 
+def watch_backward(x_TD: Tensor, out_TD: Tensor) -> None:
+    """Add the busy time of a layer's backward pass, from its output's gradient to its input's."""
+    seconds = _seconds.get()
+    if seconds is None or not (x_TD.requires_grad and out_TD.requires_grad):
+        return
+    started: list[float] = []
+
+    def stop(gradient: Tensor) -> None:
+        seconds[LAYERS_CPU] += time.thread_time() - started.pop()
+
+    out_TD.register_hook(lambda gradient: started.append(time.thread_time()))
+    x_TD.register_hook(stop)
+
+
 @contextmanager
 def time_layers() -> Iterator[dict[int, float]]:
     """Sum up the seconds of every MoE layer's forward pass inside, by layer index."""
@@ -59,13 +79,16 @@ def time_layers() -> Iterator[dict[int, float]]:
 @contextmanager
 def timed_layer(index: int) -> Iterator[None]:
     """One forward pass of one layer."""
-    seconds = _layer_seconds.get()
-    if seconds is None:
+    of_phases, of_layers = _seconds.get(), _layer_seconds.get()
+    if of_phases is None and of_layers is None:
         yield
         return
-    start = _now()
+    start, busy = _now(), time.thread_time()
     yield
-    seconds[index] = seconds.get(index, 0.0) + _now() - start
+    if of_phases is not None:
+        of_phases[LAYERS_CPU] += time.thread_time() - busy
+    if of_layers is not None:
+        of_layers[index] = of_layers.get(index, 0.0) + _now() - start
 
 
 def _now() -> float:

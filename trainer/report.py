@@ -16,7 +16,7 @@ from trainer.loggers import to_json
 PANELS = {
     "loss (nats per token)": ("train/loss", "validation/loss"),
     "bits per byte": ("validation/bits_per_byte",),
-    "load ratio of ranks (max / mean)": ("moe/load_ratio",),
+    "load ratio of ranks (max / mean)": ("moe/load_ratio", "moe/load_ratio_home"),
     "MaxVio of experts (max / mean - 1)": ("moe/max_violation", "moe/max_violation_global"),
 }
 
@@ -25,7 +25,8 @@ PANELS = {
 class RunSummary:
     """The figures of a finished run; None where there is none.
 
-    Losses are nats per token; `load_ratio` and `max_violation` are (first step, last step).
+    Losses are nats per token; `load_ratio` and `max_violation` are (first step, last step), and
+    `load_ratio_home` is what the load ratio would have been had every expert stayed at home.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class RunSummary:
     bits_per_byte: float | None
     baseline_bits_per_byte: float | None
     load_ratio: tuple[float, float]
+    load_ratio_home: tuple[float, float]
     max_violation: tuple[float, float]
     rows: int
     rows_crossing: int
@@ -78,6 +80,7 @@ def table(summary: RunSummary) -> Table:
         "validation": _figure(summary.bits_per_byte, "bits per byte"),
         "order-3 byte model": _figure(summary.baseline_bits_per_byte, "bits per byte, same split"),
         "load ratio of ranks": "{:.3f} first, {:.3f} last".format(*summary.load_ratio),
+        "without the planner": "{:.3f} first, {:.3f} last".format(*summary.load_ratio_home),
         "MaxVio of experts": "{:.3f} first, {:.3f} last".format(*summary.max_violation),
         "rows that crossed ranks": f"{summary.rows_crossing:,} of {summary.rows:,} ({share:.1%})",
         "skipped steps": f"{summary.skipped_steps:,}",

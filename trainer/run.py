@@ -285,6 +285,10 @@ def _finish(
             bits_per_byte=validation.get("validation/bits_per_byte"),
             baseline_bits_per_byte=_baseline(config, data),
             load_ratio=(progress.first_load_ratio or 1.0, last.get("moe/load_ratio", 1.0)),
+            load_ratio_home=(
+                progress.first_load_ratio_home or 1.0,
+                last.get("moe/load_ratio_home", 1.0),
+            ),
             max_violation=(
                 progress.first_max_violation or 0.0,
                 last.get("moe/max_violation_global", 0.0),

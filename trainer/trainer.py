@@ -43,6 +43,7 @@ class Progress:
     rows_crossing: int = 0
     skipped: int = 0
     first_load_ratio: float | None = None
+    first_load_ratio_home: float | None = None
     first_max_violation: float | None = None
 
 
@@ -174,6 +175,7 @@ class Trainer:
         progress.rows_crossing += int(stats.metrics["moe/rows_crossing"])
         if progress.first_load_ratio is None:
             progress.first_load_ratio = stats.metrics["moe/load_ratio"]
+            progress.first_load_ratio_home = stats.metrics["moe/load_ratio_home"]
             progress.first_max_violation = global_violation(stats)
         return stats
 

@@ -60,7 +60,7 @@ DEFAULTS = {
     "experts": 32,
     "top_k": 2,
     "steps": 3,
-    "repeats": 3,
+    "repeats": 5,
 }
 QUICK = {
     "tokens": 64,

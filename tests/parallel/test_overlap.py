@@ -104,7 +104,9 @@ def test_the_early_result_is_only_for_its_own_input() -> None:
     block, path = Block(), DataPath.__new__(DataPath)
     want = block(torch.ones(2, 3))
     assert compute_shared_meanwhile(block, path)
-    block.experts.register_forward_hook(lambda *_: path.meanwhile())
+    meanwhile = path.meanwhile
+    assert meanwhile is not None
+    block.experts.register_forward_hook(lambda *_: meanwhile())
     assert torch.equal(block(torch.ones(2, 3)), want)
     block.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     assert torch.equal(

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.parallel.eplb import pack, rebalance, replicate
 from parallel.planners.home import home_plan
 from parallel.planners.replicated import Replicated, choose_copies
 from parallel.planners.stateful import StatefulPlanner
 from placement.topology import Topology
+from tests.parallel.eplb import pack, rebalance, replicate
 
 # The example of EPLB's README: two layers, 12 experts, 16 slots on 8 ranks.
 LOADS = (

@@ -28,6 +28,7 @@ SUMMARY = RunSummary(
     bits_per_byte=2.1641,
     baseline_bits_per_byte=2.5,
     load_ratio=(1.9, 1.05),
+    load_ratio_home=(1.9, 1.6),
     max_violation=(0.8, 0.1),
     rows=2000,
     rows_crossing=500,
