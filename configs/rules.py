@@ -48,6 +48,7 @@ ABOVE: dict[str, float] = {
 AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1}
 BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63}
 
+TWO_LEVEL = "parallel.two_level.TwoLevelDispatcher"
 KEEPING = {"parallel.planners.Sticky", "parallel.planners.Replicated"}
 NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -77,6 +78,7 @@ def check(
         *_names(config),
         *_compile(config),
         *_borrowed(config),
+        *_levels(config, world_size),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
         *_batch(config, world_size),
         *_schedule(config),
@@ -145,6 +147,20 @@ def _borrowed(config: Config) -> Iterator[str]:
         yield (
             f"train.refetch_borrowed (true) contradicts planner ({name}), which keeps borrowed "
             f"weights for the whole optimizer step; set it to false, or use planner=quota"
+        )
+
+
+def _levels(config: Config, world_size: int) -> Iterator[str]:
+    target = config.dispatcher.get("_target_", "") if isinstance(config.dispatcher, dict) else ""
+    ep, per_node = config.mesh.ep, config.mesh.ranks_per_node
+    if target != TWO_LEVEL or not ep or not per_node or ep < 1 or per_node < 1:
+        return
+    if ep % per_node and per_node % ep:
+        fitting = [d for d in divisors(world_size) if d % per_node == 0 or per_node % d == 0]
+        yield (
+            f"dispatcher (two_level) needs mesh.ep ({ep}) to be a multiple or a divisor of "
+            f"mesh.ranks_per_node ({per_node}), so that its groups lie evenly on nodes; "
+            f"use mesh.ep={_either(fitting)}, or dispatcher=direct"
         )
 
 

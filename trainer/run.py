@@ -77,6 +77,7 @@ def _run(config: Config) -> None:
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     world = dist.get_world_size()
     check(config, world, num_experts=num_experts, top_k=top_k, max_positions=positions)
+    planner = instantiate(config.planner)  # refuses impossible bounds before any work is done
     ep = config.mesh.ep or math.gcd(world, num_experts)
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
     if mesh.device.type == "cpu":
@@ -91,7 +92,7 @@ def _run(config: Config) -> None:
         mesh,
         seed=config.seed,
         placement=placement,
-        planner=_planner(config, mesh, shape),
+        planner=_fitted(planner, config, mesh, shape),
         checkpoint=checkpoint,
         dispatcher=instantiate(config.dispatcher),
         num_chunks=max(1, config.train.dispatch_chunks),
@@ -191,9 +192,8 @@ def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> Ex
     return placement(num_layers, num_experts, ep)
 
 
-def _planner(config: Config, mesh: ParallelMesh, shape: Any) -> Planner:
+def _fitted(planner: Any, config: Config, mesh: ParallelMesh, shape: Any) -> Planner:
     """The planner, fitted to the speeds of the machine and the model's widths if it asks."""
-    planner = instantiate(config.planner)
     if not hasattr(planner, "for_topology") or mesh.ep_size == 1:
         return planner
     train, cluster, bf16 = config.train, config.cluster, config.train.precision is Precision.bf16

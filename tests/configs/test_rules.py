@@ -103,6 +103,20 @@ def test_the_quickstart_fits_as_many_ranks_as_there_are_gpus(
         (1, ["run.name='../x'"], "run.name ('../x') must be made of letters, digits and . _ -"),
         (1, ["run.name='..'"], "run.name ('..') must be made of"),
         (1, ["checkpoint.resume="], "checkpoint.resume is empty; leave it out"),
+        (
+            1,
+            ["planner=sticky", "train.refetch_borrowed=true"],
+            "train.refetch_borrowed (true) contradicts planner (Sticky), which keeps borrowed",
+        ),
+        (
+            12,
+            ["mesh.ep=4", "mesh.ranks_per_node=6", "dispatcher=two_level", "train.batch_size=96"],
+            "dispatcher (two_level) needs mesh.ep (4) to be a multiple or a divisor of "
+            "mesh.ranks_per_node (6), so that its groups lie evenly on nodes; "
+            "use mesh.ep=1, 2, 3, 6 or 12",
+        ),
+        (1, ["train.dispatch_chunks=-1"], "train.dispatch_chunks (-1) must be >= 0"),
+        (1, ["cluster.inter_gbps=0"], "cluster.inter_gbps (0.0) must be > 0"),
     ],
 )
 def test_what_is_refused(world_size: int, overrides: list[str], expected: str) -> None:

@@ -52,7 +52,7 @@ def check_routing(folder: Path) -> None:
     with np.load(paths[-1]) as saved:
         assert saved["ids"].shape == (8 * 32, 2, 2)
         assert np.bincount(saved["source"]).tolist() == [128, 128]
-        assert 0 <= saved["ids"].min() and saved["ids"].max() < saved["num_experts"] == 8
+        assert saved["ids"].min() >= 0 and saved["ids"].max() < saved["num_experts"] == 8
         layer_0 = saved["ids"][:, 0]
     replayed = recording(paths[-1], num_ranks=2, num_experts=8, tokens=128).draw(0, 0)
     assert np.array_equal(np.concatenate(replayed), layer_0)
