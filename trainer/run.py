@@ -21,7 +21,7 @@ from parallel.memory import keep_freed_memory
 from parallel.mesh import ParallelMesh
 from parallel.model import find_experts
 from parallel.plan import Planner
-from parallel.planners import Materialize, Sticky
+from parallel.planners import Materialize, Quota, Sticky
 from parallel.probe import describe_topology, measure_topology
 from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
@@ -92,7 +92,7 @@ def _run(config: Config) -> None:
         mesh,
         seed=config.seed,
         placement=placement,
-        planner=_fitted(planner, config, mesh, shape),
+        planner=_fitted(planner, config, mesh, shape, top_k),
         checkpoint=checkpoint,
         dispatcher=instantiate(config.dispatcher),
         num_chunks=max(1, config.train.dispatch_chunks),
@@ -192,7 +192,9 @@ def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> Ex
     return placement(num_layers, num_experts, ep)
 
 
-def _fitted(planner: Any, config: Config, mesh: ParallelMesh, shape: Any) -> Planner:
+def _fitted(
+    planner: Any, config: Config, mesh: ParallelMesh, shape: Any, top_k: int | None
+) -> Planner:
     """The planner, fitted to the speeds of the machine and the model's widths if it asks."""
     if not hasattr(planner, "for_topology") or mesh.ep_size == 1:
         return planner
@@ -212,6 +214,10 @@ def _fitted(planner: Any, config: Config, mesh: ParallelMesh, shape: Any) -> Pla
         bytes_per_parameter /= micro_batches
     if mesh.rank == 0:
         print(describe_topology(topology, bytes_per_parameter))
+        if isinstance(planner, Quota) and top_k is not None:
+            mean = train.micro_batch_size * train.seq_len * top_k
+            most = planner.max_rows_per_rank(mean * mesh.ep_size, mesh.ep_size)
+            print(f"no rank computes more than {most:,} rows of a layer at once (mean {mean:,})")
     if isinstance(planner, Materialize):
         _, experts = find_experts(shape)[0]
         planner = planner.for_widths(

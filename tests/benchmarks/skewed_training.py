@@ -3,9 +3,12 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.skewed_training --ranks 4 --steps 200
 
 The text is tables of which nine in ten digits are zeros, so most tokens choose the same experts.
-Planners do not change the mathematics: the losses of both runs must agree to rounding. Beside
-them the load ratio of ranks, and the critical path: CPU seconds of the busiest rank's own thread
-in the MoE layers, forward and backward, summed over steps.
+Planners do not change the mathematics: losses differ by rounding alone. In fp32 that grows from
+step to step, as routers at the edge between two experts fall to one side or the other; a control,
+the home plan computed in two chunks, sums in another order too. (In float64
+`tests/trainer/test_engine_borrowed.py` compares 80 steps to nine digits.) Beside them the load
+ratio of ranks, and the critical path: CPU seconds of the busiest rank's own thread in the MoE
+layers, forward and backward, summed over steps.
 """
 
 from __future__ import annotations
@@ -26,6 +29,13 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
 FILES, LINES, COLUMNS = 40, 400, 20
+LEARNING_RATE = 1e-3
+EARLY = 50  # steps
+ARMS = {
+    "home": ["planner=home"],
+    "home, 2 chunks": ["planner=home", "train.dispatch_chunks=2"],
+    "quota": ["planner=quota"],
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ def write_corpus(folder: Path) -> None:
         (folder / f"table{number}.csv").write_text("\n".join(lines) + "\n")
 
 
-def train(planner: str, ranks: int, steps: int, text: Path, run_dir: Path) -> Outcome:
+def train(arm: list[str], ranks: int, steps: int, text: Path, run_dir: Path) -> Outcome:
     """One run of the quickstart in processes of its own."""
     overrides = [
         "experiment=quickstart",
@@ -62,7 +72,7 @@ def train(planner: str, ranks: int, steps: int, text: Path, run_dir: Path) -> Ou
         f"data.sources.text.paths=[{text}/*.csv]",
         f"data.cache_dir={run_dir.parent}/data",
         "balance=none",
-        f"planner={planner}",
+        *arm,
         f"run.dir={run_dir}",
         f"train.steps={steps}",
         f"optim.warmup_steps={min(40, steps)}",
@@ -70,6 +80,7 @@ def train(planner: str, ranks: int, steps: int, text: Path, run_dir: Path) -> Ou
         "train.time_layers_every=1",
         "train.generate=0",
         "train.eval_every=0",
+        f"optim.lr={LEARNING_RATE}",
         "data.validation_fraction=0",
         "checkpoint.export=false",
     ]
@@ -97,33 +108,33 @@ def train(planner: str, ranks: int, steps: int, text: Path, run_dir: Path) -> Ou
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
-    """The command; returns what it found, by planner."""
+    """The command; returns what it found, by arm."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--planners", nargs="+", default=["home", "quota"])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "text")
         outcomes = {
-            planner: train(planner, options.ranks, options.steps, folder / "text", folder / planner)
-            for planner in options.planners
+            name: train(arm, options.ranks, options.steps, folder / "text", folder / str(number))
+            for number, (name, arm) in enumerate(ARMS.items())
         }
-    first = outcomes[options.planners[0]]
+    first = outcomes["home"]
     table = Table(title=f"{options.steps} steps on {options.ranks} ranks, EP {options.ranks}")
-    for title in ("planner", "last loss", "largest difference", "load ratio at home", "as planned",
-                  "borrowed per layer", "planner ms", "critical path s"):  # fmt: skip
+    for title in ("arm", "last loss", f"differs by step {EARLY}", "ever", "load ratio at home",
+                  "as planned", "borrowed per layer", "planner ms", "critical path s"):  # fmt: skip
         table.add_column(title, justify="right")
-    for planner, found in outcomes.items():
+    for name, found in outcomes.items():
         pairs = zip(found.losses, first.losses, strict=True)
-        difference = max(abs(a - b) / b for a, b in pairs)
+        differences = [abs(a - b) / b for a, b in pairs]
         table.add_row(
-            planner,
+            name,
             f"{found.losses[-1]:.5f}",
-            f"{difference:.1e}",
+            f"{max(differences[:EARLY]):.1e}",
+            f"{max(differences):.1e}",
             f"{found.ratio_home:.3f}",
             f"{found.ratio:.3f}",
             f"{found.borrowed:.2f}",

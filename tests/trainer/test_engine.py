@@ -65,7 +65,7 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
         max_grad_norm=case["clip"],
     )
     metrics, counts = [], []
-    for step in range(STEPS):
+    for step in range(case.get("steps", STEPS)):
         batch = sequences(step, model.config.vocab_size)
         mine = torch.arange(mesh.rank, SEQUENCES, mesh.world_size)
         parts = mine.chunk(case["accumulate"])
