@@ -1,0 +1,132 @@
+"""From statistics, a topology and an objective to the problem that the solvers minimise.
+
+L MoE layers, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from placement.objective import Objective, check_fit, journeys, row_operations
+from placement.problem import Problem
+from placement.stats import RoutingStats
+from placement.table import ExpertPlacement
+from placement.topology import Topology
+from placement.traffic import check_mode
+
+Floats = npt.NDArray[np.float64]
+
+
+def problem_of(
+    stats: RoutingStats,
+    topology: Topology,
+    start: ExpertPlacement,
+    objective: Objective,
+    max_moves: int | None = None,
+) -> tuple[Problem, float]:
+    """What the solvers minimise: the objective's weighted seconds, in pairwise terms.
+
+    Returns the problem, and a constant to add to its values.
+
+    In `coherent` and with one choice per token the terms are exact. Else what deduplication saves
+    enters by pairs of a token's experts on one rank, as in `traffic.distinct` at the mean number
+    of choices, and in `batched` a sequence's tendency to stay on few ranks enters by transitions.
+
+    Raises:
+        ValueError: for shapes that do not fit, counts that do not add up, and limits that no
+            placement can meet, saying by how much.
+    """
+    check_mode(objective.mode, topology, objective.two_level)
+    check_fit(start, topology)
+    stats.check_model(start.num_layers, start.num_experts)
+    stats.check()
+    if max_moves is not None and max_moves < 0:
+        raise ValueError(f"max_moves ({max_moves}) must be >= 0")
+    _check_limits(stats, topology, start, objective)
+    shape, mode, choices = objective.shape, objective.mode, max(1, stats.top_k)
+    seconds = objective.traffic_weight * journeys(mode) * shape.row_bytes / topology.num_ranks
+    distance_RR = seconds * _hops(topology, objective.two_level)
+    pair_LEE = stats.pair_LEE.numpy() / choices
+    coactive_LEE = stats.coactive_LEE.numpy() * 2 / choices  # each gathers at the other's rank
+    linear_LER, constant = None, 0.0
+    if mode != "coherent":
+        kept_L, saved_L = _deduplicated(stats, topology.num_ranks)
+        coactive_LEE = stats.coactive_LEE.numpy() * saved_L[:, None, None]
+        constant = -float(coactive_LEE.sum()) / 2 * float(distance_RR.max())
+    if mode == "home":
+        pair_LEE = np.zeros_like(pair_LEE)
+        linear_LER = _from_sources(stats, distance_RR) * kept_L[:, None, None]
+    problem = Problem(
+        node_of_R=topology.node_of_R,
+        distance_RR=distance_RR,
+        pair_LEE=pair_LEE,
+        load_LE=stats.load_LE.numpy(),
+        start_LE=start.home_LE.numpy(),
+        coactive_LEE=coactive_LEE if choices > 1 else None,
+        linear_LER=linear_LER,
+        slowness_R=row_operations(shape, mode) / topology.flops_per_s_R(),
+        load_weight=objective.load_weight,
+        max_load_ratio=objective.max_load_ratio,
+        max_moves=max_moves,
+    )
+    return problem, constant
+
+
+def _hops(topology: Topology, two_level: bool) -> Floats:
+    """Seconds per byte from rank to rank, [R, R]; on other nodes with what is handed on there."""
+    hops_RR = 1 / topology.bytes_per_s_RR()
+    if two_level:
+        per_node = topology.num_ranks // topology.num_nodes
+        node_R = np.array(topology.node_of_R)
+        handed_on_s = 1 / topology.bytes_per_s_RR()[node_R[:, None] == node_R].min()
+        hops_RR[node_R[:, None] != node_R] += handed_on_s * (per_node - 1) / per_node
+    return hops_RR
+
+
+def _deduplicated(stats: RoutingStats, num_ranks: int) -> tuple[Floats, Floats]:
+    """Copies per row, and copies saved per token and pair of its experts on one rank, [L] each.
+
+    The coefficients of `traffic.distinct` for experts that are spread evenly; for other spreads
+    they give fewer copies than there are, never more.
+    """
+    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
+    pairs_L = stats.coactive_LEE.numpy().sum((1, 2)) / 2
+    most_L = 1 + np.floor(2 * pairs_L / num_ranks / rows_L)
+    crossing = (num_ranks - 1) / num_ranks
+    return 2 / (most_L + 1), crossing * 2 / (most_L * (most_L + 1))
+
+
+def _from_sources(stats: RoutingStats, distance_RR: Floats) -> Floats:
+    """Cost of every expert on every rank, for its rows from their source ranks, [L, E, R]."""
+    source_LRE, num_ranks = stats.source_LRE.numpy(), len(distance_RR)
+    if stats.num_ranks != num_ranks:
+        source_LRE = np.repeat(stats.load_LE.numpy()[:, None] / num_ranks, num_ranks, axis=1)
+    return np.einsum("lse,sr->ler", source_LRE, distance_RR)
+
+
+def _check_limits(
+    stats: RoutingStats, topology: Topology, start: ExpertPlacement, objective: Objective
+) -> None:
+    """Refuse limits that no placement can meet."""
+    per_rank = start.num_experts // start.num_ranks
+    need = start.num_layers * per_rank * objective.shape.parameters * objective.shape.state_bytes
+    if objective.max_bytes_per_rank is not None and need > objective.max_bytes_per_rank:
+        raise ValueError(
+            f"objective.max_bytes_per_rank ({objective.max_bytes_per_rank:,.0f}) is "
+            f"{need - objective.max_bytes_per_rank:,.0f} bytes short: {start.num_layers} layers x "
+            f"{per_rank} experts need {need:,.0f}; use more ranks"
+        )
+    if objective.max_load_ratio is None:
+        return
+    load_LE = np.sort(stats.load_LE.numpy(), 1)
+    mean_L = np.maximum(load_LE.sum(1) / topology.num_ranks, 1e-300)
+    # the busiest expert never comes alone: its rank has the per_rank - 1 least busy ones at least
+    least_L = (load_LE[:, -1] + load_LE[:, : per_rank - 1].sum(1)) / mean_L
+    layer = int(least_L.argmax())
+    if least_L[layer] > objective.max_load_ratio:
+        raise ValueError(
+            f"objective.max_load_ratio ({objective.max_load_ratio}) cannot be met: the busiest "
+            f"expert of layer {layer} alone makes it {least_L[layer]:.3f}; raise it to that, or "
+            f"use a planner"
+        )
