@@ -29,9 +29,11 @@ def problem_of(
 
     Returns the problem, and a constant to add to its values.
 
-    In `coherent` and with one choice per token the terms are exact. Else what deduplication saves
-    enters by pairs of a token's experts on one rank, as in `traffic.distinct` at the mean number
-    of choices, and in `batched` a sequence's tendency to stay on few ranks enters by transitions.
+    With one choice per token the terms are exact, but for the way to the first layer's experts in
+    `coherent`, which is left out, and for what two-level dispatch hands on, which is a mean. For
+    more choices, what deduplication saves enters by pairs of a token's experts on one rank, as in
+    `traffic.distinct` at the mean number of choices. In `batched`, the tendency of sequences to
+    stay on few ranks enters by transitions.
 
     Raises:
         ValueError: for shapes that do not fit, counts that do not add up, and limits that no

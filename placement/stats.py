@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +62,17 @@ class RoutingStats:
         self._before: tuple[int, int, npt.NDArray[np.int64]] | None = None
 
     @classmethod
-    def of_trace(cls, trace: Trace, num_ranks: int = 1) -> RoutingStats:
-        """The statistics of a whole trace."""
+    def of_trace(cls, trace: Trace, num_ranks: int | None = None) -> RoutingStats:
+        """The statistics of a whole trace.
+
+        Args:
+            num_ranks: that its tokens come from; default: as many as it names.
+        """
+        source_T = trace.source_T if trace.source_T is not None else np.zeros(1, dtype=np.int64)
+        if num_ranks is None:
+            num_ranks = int(source_T.max(initial=0)) + 1
         stats = cls(trace.num_layers, trace.num_experts, num_ranks)
-        source = 0 if trace.source_T is None else trace.source_T
+        source = 0 if trace.source_T is None else source_T
         stats.observe_trace(trace.ids_TLK, source, token_T=trace.token_T, domain_T=trace.domain_T)
         return stats
 
@@ -241,7 +249,15 @@ class RoutingStats:
             for name in KINDS:
                 _fill(getattr(stats, name), arrays, name)
             stats.tokens, stats.top_k = float(arrays["tokens"]), int(arrays["top_k"])
-        except (OSError, KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            BadZipFile,
+        ) as error:
             raise ValueError(f"stats {path}: not a readable statistics file ({error})") from error
         if newer:
             raise ValueError(

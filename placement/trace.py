@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ def load_trace(path: str | Path, num_experts: int | None = None) -> Trace:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if hasattr(loaded, "files") else {"ids": loaded}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"trace {path}: not a readable .npy or .npz file ({error})") from error
     if len(arrays) == 1:
         arrays = {"ids": next(iter(arrays.values()))}

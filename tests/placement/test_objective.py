@@ -1,0 +1,260 @@
+"""Costs against loops over tokens, and the problem against the costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement.formulate import problem_of
+from placement.objective import AFFINITY, LOAD, MOETUNER, ExpertShape, Objective, cost, trace_cost
+from placement.stats import RoutingStats
+from placement.table import ExpertPlacement
+from placement.topology import Topology
+from placement.trace import Trace
+from placement.traffic import distinct, sends_of_stats, sends_of_trace, sources_of
+from tests.placement.test_stats import some_trace
+
+SHAPE = ExpertShape(hidden=10, parameters=100, bytes_per_value=4)
+
+
+def topology(nodes: int, per_node: int) -> Topology:
+    return Topology.even(
+        nodes, per_node, intra_gbps=8.0, inter_gbps=2.0, flops=1e6, latency_us=50.0
+    )
+
+
+def some_placement(layers: int, experts: int, ranks: int, seed: int) -> ExpertPlacement:
+    rng = np.random.default_rng(seed)
+    homes = np.arange(experts) // (experts // ranks)
+    return ExpertPlacement(
+        torch.from_numpy(np.stack([rng.permutation(homes) for _ in range(layers)])), ranks
+    )
+
+
+def walked(
+    placement: ExpertPlacement, trace: Trace, nodes: Topology, mode: str, two_level: bool
+) -> np.ndarray:
+    """Sends per layer, sender and receiver, token by token."""
+    ranks, node, per_node = nodes.num_ranks, nodes.node_of_R, nodes.num_ranks // nodes.num_nodes
+    sends = np.zeros((trace.num_layers, ranks, ranks), dtype=np.int64)
+
+    def journey(layer: int, start: int, goals: set[int], back: bool) -> None:
+        legs = []
+        for goal in goals:
+            relay = node[goal] * per_node + start % per_node
+            if not two_level or node[goal] == node[start]:
+                legs.append((start, goal))
+            elif relay != goal:
+                legs.append((relay, goal))
+        if two_level:
+            for other in {node[goal] for goal in goals} - {node[start]}:
+                legs.append((start, other * per_node + start % per_node))
+        for a, b in legs:
+            sends[layer, b if back else a, a if back else b] += 1
+
+    for token, source in enumerate(sources_of(trace, ranks).tolist()):
+        at = source
+        for layer in range(trace.num_layers):
+            chosen = trace.ids_TLK[token, layer].tolist()
+            homes = [int(placement.home_LE[layer, e]) for e in chosen if e < trace.num_experts]
+            journey(layer, at, set(homes), back=False)
+            if mode == "coherent":
+                if chosen[0] < trace.num_experts:
+                    at = homes[0]
+                journey(layer, at, set(homes) - {at}, back=True)
+    return sends
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 2), (2, 1)]),
+    st.integers(0, 25),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from(["home", "batched", "coherent"]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_a_traces_sends_are_those_of_its_tokens(
+    shape: tuple[int, int], tokens: int, layers: int, top_k: int, mode: str, two: bool, seed: int
+) -> None:
+    nodes = topology(*shape)
+    experts = 2 * nodes.num_ranks
+    trace = some_trace(tokens, layers, experts, min(top_k, experts), nodes.num_ranks, seed)
+    placement = some_placement(layers, experts, nodes.num_ranks, seed)
+    sends = sends_of_trace(placement, trace, nodes, mode=mode, two_level=two)
+    np.testing.assert_array_equal(sends, walked(placement, trace, nodes, mode, two))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([(1, 4), (2, 2), (3, 2)]),
+    st.sampled_from(["home", "coherent"]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_expected_sends_are_exact_for_one_choice(
+    shape: tuple[int, int], mode: str, two_level: bool, seed: int
+) -> None:
+    nodes = topology(*shape)
+    experts = 2 * nodes.num_ranks
+    trace = some_trace(60, 3, experts, 1, nodes.num_ranks, seed, absent=0)
+    placement = some_placement(3, experts, nodes.num_ranks, seed)
+    stats = RoutingStats.of_trace(trace, nodes.num_ranks)
+    settings = {"mode": mode, "two_level": two_level}
+    expected = sends_of_stats(placement, stats, nodes, **settings)  # type: ignore[arg-type]
+    exact = sends_of_trace(placement, trace, nodes, **settings)  # type: ignore[arg-type]
+    np.testing.assert_allclose(expected, exact, atol=1e-9)
+    assert cost(placement, stats, nodes, mode=mode, two_level=two_level).seconds == pytest.approx(
+        trace_cost(placement, trace, nodes, mode=mode, two_level=two_level).seconds, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 6])
+def test_expected_copies_are_exact_for_two_choices_and_never_too_many(top_k: int) -> None:
+    nodes = topology(2, 2)
+    for seed in range(10):
+        trace = some_trace(400, 2, 12, top_k, 4, seed, absent=0)
+        placement = some_placement(2, 12, 4, seed)
+        stats = RoutingStats.of_trace(trace, 4)
+        expected = sends_of_stats(placement, stats, nodes).sum((0, 1))
+        exact = sends_of_trace(placement, trace, nodes).sum((0, 1))
+        if top_k == 2:
+            np.testing.assert_allclose(expected, exact, rtol=1e-12)
+        else:
+            assert (expected <= exact + 1e-9).all()
+            assert (expected >= 0.8 * exact).all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_distinct_is_a_lower_bound_that_two_reach(numbers: list[int]) -> None:
+    counts = np.array(numbers)
+    rows, pairs = counts.sum(), (counts * (counts - 1)).sum() / 2
+    bound = float(distinct(np.array([float(rows)]), np.array([pairs]))[0])
+    assert bound <= (counts > 0).sum() + 1e-9
+    if counts.max() <= 2:
+        assert bound == pytest.approx((counts > 0).sum())
+
+
+def test_seconds_by_hand() -> None:
+    """Two nodes of one rank; four tokens of rank 0, three of whose experts live on rank 1."""
+    nodes = topology(2, 1)
+    placement = ExpertPlacement.contiguous(1, 2, 2)
+    trace = Trace(np.array([[[0]], [[1]], [[1]], [[1]]]), 2, source_T=np.zeros(4, dtype=np.int64))
+    found = trace_cost(placement, trace, nodes, shape=SHAPE)
+    assert (found.rows_local, found.rows_intra, found.rows_inter) == (1, 0, 3)
+    assert found.load_ratio_L.tolist() == [1.5]
+    assert found.traffic_s == pytest.approx(4 * 3 * 40 / 0.25e9 / 2)  # there and back, twice
+    assert found.compute_s == pytest.approx(3 * 6 * 100 / 1e6)
+    assert found.latency_s == pytest.approx(4 * 50e-6)
+    assert found.seconds == pytest.approx(found.traffic_s + found.compute_s + found.latency_s)
+    coherent = trace_cost(placement, trace, nodes, mode="coherent", shape=SHAPE)
+    assert coherent.traffic_s == pytest.approx(3 * 40 / 0.25e9 / 2)
+    assert coherent.compute_s == pytest.approx(found.compute_s / 3)
+
+
+def test_unlike_ranks_and_links() -> None:
+    nodes = Topology(
+        (0, 1, 2), 8.0, 2.0, 1e6, flops_R=(1e6, 2e6, 5e5),
+        inter_gbps_NN=((0, 4, 1), (4, 0, 2), (1, 2, 0)),
+    )  # fmt: skip
+    placement = ExpertPlacement.contiguous(1, 3, 3)
+    trace = Trace(np.array([[[1]], [[2]], [[2]]]), 3, source_T=np.array([0, 0, 1]))
+    found = trace_cost(placement, trace, nodes, shape=SHAPE)
+    seconds = 4 * 40 * 8e-9 * (1 / 4 + 1 / 1 + 1 / 2) / 3
+    assert found.traffic_s == pytest.approx(seconds)
+    assert found.compute_s == pytest.approx(2 * 600 / 5e5)
+    with pytest.raises(ValueError, match=r"topology\.flops_R has 2 speeds for 3 ranks"):
+        replace(nodes, flops_R=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"topology\.inter_gbps_NN must be symmetric"):
+        replace(nodes, inter_gbps_NN=((0, 4, 1), (4, 0, 2), (2, 2, 0)))
+    with pytest.raises(ValueError, match="must number the nodes"):
+        replace(nodes, node_of_R=(0, 2, 3), inter_gbps_NN=None)
+
+
+@pytest.mark.parametrize("objective", [AFFINITY, MOETUNER, LOAD, Objective()])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_the_problem_is_the_objective(objective: Objective, two_level: bool) -> None:
+    """One choice per token: values and judged costs of placements differ by a constant."""
+    nodes = topology(2, 2)
+    trace = some_trace(300, 3, 8, 1, 4, seed=3, absent=0)
+    if objective.mode == "coherent":  # the way to the first layer is the same to all ranks
+        trace = replace(trace, source_T=None)
+    stats = RoutingStats.of_trace(trace)
+    objective = replace(objective, two_level=two_level, shape=SHAPE)
+    start = some_placement(3, 8, 4, 0)
+    problem, constant = problem_of(stats, nodes, start, objective)
+    offsets = []
+    for seed in range(6):
+        placement = some_placement(3, 8, 4, seed)
+        found = cost(placement, stats, nodes, mode=objective.mode, two_level=two_level, shape=SHAPE)
+        value = problem.value(placement.home_LE.numpy()) + constant
+        offsets.append(objective.judge(found) - value)
+    if not two_level:
+        np.testing.assert_allclose(offsets, offsets[0], rtol=1e-12)
+    else:  # the place to which a node's relay hands on counts as its mean
+        scale = objective.judge(found)
+        assert np.ptp(offsets) < 0.05 * scale
+
+
+def test_two_choices_on_one_node_are_exact_too() -> None:
+    """What deduplication saves enters by pairs; sources are even."""
+    nodes = topology(1, 4)
+    trace = some_trace(300, 2, 8, 2, 4, seed=3, absent=0)
+    stats = RoutingStats.of_trace(replace(trace, source_T=None))  # even
+    objective = Objective(shape=SHAPE)
+    problem, constant = problem_of(stats, nodes, some_placement(2, 8, 4, 0), objective)
+    even_s = float(stats.load_LE.sum()) * 600 / 4e6
+    for seed in range(6):
+        placement = some_placement(2, 8, 4, seed)
+        found = cost(placement, stats, nodes, shape=SHAPE)
+        value = problem.value(placement.home_LE.numpy()) + constant
+        assert value + even_s == pytest.approx(objective.judge(found), rel=1e-12)
+
+
+def test_batched_costs_fall_where_domains_have_their_own_experts() -> None:
+    """Domain d chooses experts 2d and 2d + 1 only: with sources by domain nothing crosses."""
+    nodes = topology(1, 2)
+    rng = np.random.default_rng(0)
+    domain_T = np.repeat([0, 1], 40)
+    ids = (2 * domain_T[:, None] + rng.integers(0, 2, (80, 3)))[:, :, None]
+    trace = Trace(ids, 4, domain_T=domain_T, source_T=np.arange(80) % 2)
+    stats = RoutingStats.of_trace(trace, 2)
+    placement = ExpertPlacement.contiguous(3, 4, 2)
+    assert cost(placement, stats, nodes).rows_intra == 120
+    assert cost(placement, stats, nodes, mode="batched").rows_intra == pytest.approx(0)
+    with pytest.raises(ValueError, match="mode batched needs statistics by domain"):
+        cost(placement, RoutingStats.of_trace(replace(trace, domain_T=None)), nodes, mode="batched")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    stats = RoutingStats.of_trace(some_trace(40, 2, 4, 1, 2, seed=1, absent=0), 2)
+    start, nodes = ExpertPlacement.contiguous(2, 4, 2), topology(1, 2)
+    with pytest.raises(ValueError, match=r"mode \('fast'\) must be one of home, batched"):
+        cost(start, stats, nodes, mode="fast")
+    with pytest.raises(ValueError, match="placement is for 2 ranks, the topology has 4"):
+        cost(start, stats, topology(1, 4))
+    with pytest.raises(ValueError, match="2 MoE layers x 4 experts, the model has 3 x 4"):
+        cost(ExpertPlacement.contiguous(3, 4, 2), stats, nodes)
+    with pytest.raises(ValueError, match="two_level dispatch needs equally many ranks"):
+        cost(start, stats, Topology((0, 0, 1), 1.0, 1.0, 1.0), two_level=True)
+    with pytest.raises(ValueError, match=r"max_load_ratio \(0.5\) must be >= 1"):
+        Objective(max_load_ratio=0.5)
+    with pytest.raises(ValueError, match="are both 0"):
+        Objective(traffic_weight=0, load_weight=0)
+    busy = RoutingStats(1, 4)
+    busy.observe(0, np.array([[0]] * 9 + [[1], [2], [3]]))
+    one = ExpertPlacement.contiguous(1, 4, 2)
+    with pytest.raises(ValueError, match=r"cannot be met: the busiest expert of layer 0 .* 1\.667"):
+        problem_of(busy, nodes, one, Objective(max_load_ratio=1.5))
+    with pytest.raises(ValueError, match=r"max_bytes_per_rank \(1,000\) is 1,400 bytes short"):
+        problem_of(busy, nodes, one, Objective(max_bytes_per_rank=1000, shape=SHAPE))
+    with pytest.raises(ValueError, match=r"max_moves \(-1\) must be >= 0"):
+        problem_of(busy, nodes, one, Objective(), max_moves=-1)
+    with pytest.raises(ValueError, match=r"shape\.hidden \(0\) must be >= 1"):
+        ExpertShape(hidden=0)
