@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from placement.objective import Objective, check_fit, journeys, row_operations
+from placement.objective import ExpertShape, Objective, check_fit, journeys, row_operations
 from placement.problem import Problem
 from placement.stats import RoutingStats
 from placement.table import ExpertPlacement
@@ -59,6 +59,9 @@ def problem_of(
     if mode == "home":
         pair_LEE = np.zeros_like(pair_LEE)
         linear_LER = _from_sources(stats, distance_RR) * kept_L[:, None, None]
+    if objective.move_weight:
+        move_LER = objective.move_weight * _move_seconds(start, topology, shape)
+        linear_LER = move_LER if linear_LER is None else linear_LER + move_LER
     problem = Problem(
         node_of_R=topology.node_of_R,
         distance_RR=distance_RR,
@@ -107,12 +110,18 @@ def _from_sources(stats: RoutingStats, distance_RR: Floats) -> Floats:
     return np.einsum("lse,sr->ler", source_LRE, distance_RR)
 
 
+def _move_seconds(start: ExpertPlacement, topology: Topology, shape: ExpertShape) -> Floats:
+    """Seconds of the mean rank that moving every expert to every rank takes, [L, E, R]."""
+    seconds_RR = shape.move_bytes / topology.bytes_per_s_RR() / topology.num_ranks
+    return seconds_RR[start.home_LE.numpy()]
+
+
 def _check_limits(
     stats: RoutingStats, topology: Topology, start: ExpertPlacement, objective: Objective
 ) -> None:
     """Refuse limits that no placement can meet."""
     per_rank = start.num_experts // start.num_ranks
-    need = start.num_layers * per_rank * objective.shape.parameters * objective.shape.state_bytes
+    need = start.num_layers * per_rank * objective.shape.move_bytes
     if objective.max_bytes_per_rank is not None and need > objective.max_bytes_per_rank:
         raise ValueError(
             f"objective.max_bytes_per_rank ({objective.max_bytes_per_rank:,.0f}) is "

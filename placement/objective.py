@@ -44,6 +44,11 @@ class ExpertShape:
         """Bytes of a token under way."""
         return self.hidden * self.bytes_per_value
 
+    @property
+    def move_bytes(self) -> int:
+        """Bytes of an expert that moves: its weights and optimizer state."""
+        return self.parameters * self.state_bytes
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -78,6 +83,9 @@ class Objective:
         traffic_weight: of the seconds of traffic.
         load_weight: of the seconds for which ranks wait for the busiest one. 1: nothing evens out
             the load; 0: a planner does, such as Quota.
+        move_weight: of the seconds that moving experts away from the current placement takes, as
+            they are counted in a cost: an expert moves only where it saves more. Moves within a
+            node are cheap, so they come first where only the node matters.
         max_load_ratio: hard bound of max/mean rows per rank in every layer; None for none.
         max_bytes_per_rank: hard bound of the experts' weights and optimizer state on a rank.
         shape: of an expert.
@@ -90,12 +98,13 @@ class Objective:
     two_level: bool = False
     traffic_weight: float = 1.0
     load_weight: float = 1.0
+    move_weight: float = 0.0
     max_load_ratio: float | None = None
     max_bytes_per_rank: float | None = None
     shape: ExpertShape = ExpertShape()
 
     def __post_init__(self) -> None:
-        for name in ("traffic_weight", "load_weight"):
+        for name in ("traffic_weight", "load_weight", "move_weight"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"objective.{name} ({getattr(self, name)}) must be >= 0")
         if not self.traffic_weight and not self.load_weight:

@@ -27,8 +27,8 @@ class Solution:
 
     Attributes:
         cost: expected, by `objective.cost`.
-        value: the objective's weighted seconds; `lower_bound`: certified, of the value of every
-            placement within the limits.
+        value: the objective's weighted seconds; start_value: of `start`. lower_bound: certified,
+            of the value of every placement within the limits.
         method: "exact" or "search". proven: the placement is optimal. finished: the solver was
             not stopped by the time limit.
         moves: experts that leave their rank in `start`.
@@ -37,6 +37,7 @@ class Solution:
     placement: ExpertPlacement
     cost: Cost
     value: float
+    start_value: float
     lower_bound: float
     method: str
     seconds: float
@@ -99,12 +100,19 @@ def solve(
         left_s = max(1.0, time_limit_s - (time.monotonic() - started))
         bound = lower_bound(problem, time_limit_s=min(left_s, time_limit_s * BOUND_SHARE))
     found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
-    settings = {"mode": objective.mode, "two_level": objective.two_level}
     value = problem.value(home_LE)
     return Solution(
         placement=found,
-        cost=cost(found, stats, topology, shape=objective.shape, **settings),
+        cost=cost(
+            found,
+            stats,
+            topology,
+            mode=objective.mode,
+            two_level=objective.two_level,
+            shape=objective.shape,
+        ),
         value=value + constant,
+        start_value=problem.value(problem.start_LE) + constant,
         lower_bound=min(bound, value) + constant,
         method="exact" if exact else "search",
         seconds=time.monotonic() - started,

@@ -181,6 +181,18 @@ class RoutingStats:
             getattr(self, name).decay(factor)
         self.tokens *= factor
 
+    def with_sources(self, num_ranks: int) -> RoutingStats:
+        """A copy whose rows come evenly from another number of ranks."""
+        other = RoutingStats(self.num_layers, self.num_experts, num_ranks)
+        for name in COUNTS:
+            if name != "source_LRE":
+                getattr(other, name).copy_(getattr(self, name))
+        other.source_LRE += self.load_LE[:, None] / num_ranks
+        for name in KINDS:
+            getattr(other, name).add(getattr(self, name))
+        other.tokens, other.top_k = self.tokens, self.top_k
+        return other
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Refuse statistics of another model.
 

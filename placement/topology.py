@@ -24,6 +24,8 @@ class Topology:
         latency_us: time of an empty message between two nodes, microseconds.
         flops_R: as `flops`, rank by rank, where ranks differ. inter_gbps_NN: as `inter_gbps`, node
             by node, symmetric, where links differ; its diagonal is not read.
+        node_gbps: bandwidth of all ranks of a node together to other nodes, Gbit/s in one
+            direction, read by `simulate` alone; None if each rank has `inter_gbps` for itself.
 
     Raises:
         ValueError: for no ranks, a speed that is not positive and finite, or tables whose sizes do
@@ -37,12 +39,15 @@ class Topology:
     latency_us: float = 0.0
     flops_R: tuple[float, ...] | None = None
     inter_gbps_NN: tuple[tuple[float, ...], ...] | None = None
+    node_gbps: float | None = None
 
     def __post_init__(self) -> None:
         if not self.node_of_R:
             raise ValueError("topology.node_of_R is empty; name the node of every rank")
-        for name in ("intra_gbps", "inter_gbps", "flops"):
+        for name in ("intra_gbps", "inter_gbps", "flops", "node_gbps"):
             value = getattr(self, name)
+            if name == "node_gbps" and value is None:
+                continue
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"topology.{name} ({value}) must be > 0 and finite")
         if not (self.latency_us >= 0 and math.isfinite(self.latency_us)):
@@ -64,10 +69,11 @@ class Topology:
         inter_gbps: float,
         flops: float,
         latency_us: float = 0.0,
+        node_gbps: float | None = None,
     ) -> Topology:
         """Nodes of equally many ranks, in order."""
         node_of_R = tuple(r // ranks_per_node for r in range(num_nodes * ranks_per_node))
-        return cls(node_of_R, intra_gbps, inter_gbps, flops, latency_us)
+        return cls(node_of_R, intra_gbps, inter_gbps, flops, latency_us, node_gbps=node_gbps)
 
     @property
     def num_ranks(self) -> int:

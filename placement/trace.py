@@ -5,6 +5,7 @@ T tokens, L MoE layers, K choices, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ class Trace:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:
             np.savez_compressed(file, ids=self.ids_TLK, num_experts=self.num_experts, **known)
+
+
+def joined(traces: Sequence[Trace]) -> Trace:
+    """One trace of the tokens of all; they know the same about their tokens."""
+    about: dict[str, Any] = {f"{name}_T": None for name in ABOUT_TOKENS}
+    for name in about:
+        parts = [getattr(trace, name) for trace in traces]
+        if parts[0] is not None:
+            about[name] = np.concatenate(parts)
+    return Trace(np.concatenate([t.ids_TLK for t in traces]), traces[0].num_experts, **about)
 
 
 def load_trace(path: str | Path, num_experts: int | None = None) -> Trace:

@@ -87,19 +87,27 @@ def sends_of_trace(
             present_TR = np.zeros((len(at_T), num_ranks + 1), dtype=bool)
             np.put_along_axis(present_TR, rank_TK, True, axis=1)
             present_TR = present_TR[:, :num_ranks]
-            sends_LRR[layer] += _sends(at_T, present_TR, topology, two_level)
+            sends_LRR[layer] += sends_of_tokens(at_T, present_TR, topology, two_level)
             if mode == "coherent":
                 first_T = rank_TK[:, 0]
                 at_T = np.where(first_T < num_ranks, first_T, at_T)
                 present_TR[np.arange(len(at_T)), at_T] = False  # it is there already
-                sends_LRR[layer] += _sends(at_T, present_TR, topology, two_level).T
+                sends_LRR[layer] += sends_of_tokens(at_T, present_TR, topology, two_level).T
     return sends_LRR
 
 
-def _sends(
+def sends_of_tokens(
     at_T: Ints, present_TR: npt.NDArray[np.bool_], topology: Topology, two_level: bool
 ) -> Ints:
-    """Copies per sender and receiver that bring tokens from where they are to where they go."""
+    """Copies per sender and receiver that bring tokens from where they are to where they go.
+
+    Args:
+        at_T: rank of every token. present_TR: the ranks that want a copy of it.
+
+    Returns:
+        int64 [R, R]. With two levels, those between nodes travel first and those within nodes,
+        which relays hand on among them, after that.
+    """
     tokens, num_ranks, num_nodes = len(at_T), topology.num_ranks, topology.num_nodes
     at_TR = sparse.csr_array((np.ones(tokens), at_T, np.arange(tokens + 1)), (tokens, num_ranks))
     sends_RR = at_TR.T @ present_TR.astype(np.float64)
@@ -163,28 +171,41 @@ def sends_of_stats(
         if coherent and layer:
             pair_EE = stats.pair_LEE[layer - 1].numpy() / choices
             rows_RR = at_home_LER[layer - 1].T @ pair_EE @ at_home_ER
-            copies = _copies(rows_RR, np.zeros_like(coactive_LEE[layer]), at_home_ER, topology)
+            together_EE = np.zeros_like(coactive_LEE[layer])
         else:
             rows_RR = source_LRE[layer] @ at_home_ER
-            copies = _copies(rows_RR, coactive_LEE[layer], at_home_ER, topology)
-        relayed = two_level and topology.num_nodes > 1
-        sends_LRR[layer] = _relayed(*copies, topology) if relayed else copies[0]
+            together_EE = coactive_LEE[layer]
+        sends_LRR[layer] = expected_sends(rows_RR, together_EE, at_home_ER, topology, two_level)
         if coherent:
             gather_RR = at_home_ER.T @ (coactive_LEE[layer] / choices) @ at_home_ER
             np.fill_diagonal(gather_RR, 0)
-            copies = _copies(gather_RR, np.zeros_like(coactive_LEE[layer]), at_home_ER, topology)
-            sends_LRR[layer] += (_relayed(*copies, topology) if relayed else gather_RR).T
+            apart_EE = np.zeros_like(coactive_LEE[layer])
+            sends_LRR[layer] += expected_sends(
+                gather_RR, apart_EE, at_home_ER, topology, two_level
+            ).T
     return sends_LRR
 
 
+def expected_sends(
+    rows_RR: Floats, coactive_EE: Floats, share_ER: Floats, topology: Topology, two_level: bool
+) -> Floats:
+    """Expected copies per sender and receiver, float64 [R, R], of rows by source and final rank.
+
+    Args:
+        coactive_EE: tokens that chose both experts; those on one rank travel as one copy.
+        share_ER: part of an expert's rows that every rank computes.
+    """
+    to_RR, to_RN = _copies(rows_RR, coactive_EE, share_ER, topology)
+    return _relayed(to_RR, to_RN, topology) if two_level and topology.num_nodes > 1 else to_RR
+
+
 def _copies(
-    rows_RR: Floats, coactive_EE: Floats, at_home_ER: Floats, topology: Topology
+    rows_RR: Floats, coactive_EE: Floats, share_ER: Floats, topology: Topology
 ) -> tuple[Floats, Floats]:
     """Copies per sender and final rank [R, R], and per sender and node [R, N]."""
     in_node_RN = np.eye(topology.num_nodes)[list(topology.node_of_R)]
-    at_node_EN = at_home_ER @ in_node_RN
     found = []
-    for rows, at in ((rows_RR, at_home_ER), (rows_RR @ in_node_RN, at_node_EN)):
+    for rows, at in ((rows_RR, share_ER), (rows_RR @ in_node_RN, share_ER @ in_node_RN)):
         pairs = ((coactive_EE @ at) * at).sum(0) / 2
         total = rows.sum(0)
         found.append(

@@ -258,3 +258,19 @@ def test_what_does_not_fit_is_refused() -> None:
         problem_of(busy, nodes, one, Objective(), max_moves=-1)
     with pytest.raises(ValueError, match=r"shape\.hidden \(0\) must be >= 1"):
         ExpertShape(hidden=0)
+
+
+def test_moves_have_their_price() -> None:
+    """Bytes over the link, of the mean rank; two within the node, one across."""
+    nodes = topology(2, 2)
+    stats = RoutingStats.of_trace(some_trace(40, 1, 4, 1, 4, seed=1, absent=0), 4)
+    start = ExpertPlacement.contiguous(1, 4, 4)
+    moved = ExpertPlacement(torch.tensor([[1, 2, 0, 3]]), 4)
+    values = []
+    for weight in (0.0, 2.0):
+        problem, _ = problem_of(stats, nodes, start, replace(AFFINITY, move_weight=weight))
+        assert problem.value(start.home_LE.numpy()) == 0
+        values.append(problem.value(moved.home_LE.numpy()))
+    move_bytes = ExpertShape().parameters * 12
+    seconds = move_bytes * (1 / 1e9 + 2 / 0.25e9) / 4
+    assert values[1] - values[0] == pytest.approx(2 * seconds)

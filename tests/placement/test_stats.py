@@ -124,6 +124,16 @@ def test_merged_parts_are_the_whole_and_decay_is_a_factor(tmp_path: Path) -> Non
     assert (loaded.tokens, loaded.top_k, loaded.num_ranks) == (15, 2, 3)
 
 
+def test_the_same_rows_from_other_ranks() -> None:
+    trace = some_trace(60, 3, 5, 2, 3, seed=6)
+    stats = RoutingStats.of_trace(trace, 3).with_sources(2)
+    expected = counted(trace, 3)
+    load_LE = expected["load_LE"]
+    assert_counts(stats, expected | {"source_LRE": np.stack([load_LE, load_LE], 1) / 2})
+    assert (stats.tokens, stats.top_k, stats.num_ranks) == (60, 2, 2)
+    stats.check()
+
+
 def test_rows_per_rank_of_token_ids() -> None:
     trace = some_trace(40, 2, 4, 2, 1, seed=7, absent=0)
     stats = RoutingStats.of_trace(trace)
