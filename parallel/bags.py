@@ -40,9 +40,15 @@ class Bags:
         return x_UD.index_select(0, self.copy_M)
 
     def total(self, y_MD: Tensor, weight_M: Tensor | None = None) -> Tensor:
-        """Weighted sum of the rows of every copy: [U, D]; bf16 rows are summed in fp32."""
+        """Weighted sum of the rows of every copy: [U, D]; bf16 rows are summed in fp32.
+
+        Wider rows are weighted and rounded before they are summed, so that two add up to the same
+        here as at home, where they come from two ranks; a fused sum would not round in between.
+        """
         if not len(self.start_U):
             return y_MD.new_zeros(0, y_MD.shape[1])
+        if weight_M is not None and y_MD.itemsize > 2:
+            y_MD, weight_M = y_MD * weight_M[:, None].to(y_MD.dtype), None
         if weight_M is not None:
             weight_M = weight_M.to(y_MD.dtype).index_select(0, self.order_M)
         return F.embedding_bag(

@@ -92,6 +92,7 @@ class Dispatcher:
         self.ring = Ring.of(group, node_of_R)
         self.lending = Ring.of(weights_group or group, node_of_R)
         self.sent_in_R = _inverse(self.ring.to_J)
+        self.source_J = torch.tensor(self.ring.from_J)
         self.received_in_R = _inverse(self.ring.from_J)
 
     def count(self, ids_TK: Tensor, digest: int = 0, where: str = "a layer") -> Tensor:
@@ -183,7 +184,9 @@ class Dispatcher:
             start = torch.repeat_interleave(
                 start_J[coming.step[part] - steps.start], coming.rows[part]
             )
-            order = _ranges(coming.rows[part], torch.argsort(slots, stable=True)).to(device)
+            source = self.source_J[coming.step[part]]
+            by_slot = torch.argsort(slots * self.num_ranks + source)
+            order = _ranges(coming.rows[part], by_slot).to(device)
             bags = Bags.of((place_M[rows] + start.to(device))[order], num_copies)
             rows_S = _sum_by(slots, coming.rows[part], num_slots)
             ticket = route.out(x_TD)

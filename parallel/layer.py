@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.borrow import Loan
 from parallel.decisions import (
@@ -82,6 +83,18 @@ class ExpertParallel(nn.Module):
         """Experts at home on this rank, by slot."""
         return self.path.local_experts
 
+    def experts_in(self, stack: Tensor) -> list[int]:
+        """Experts that this rank holds of a stack [S, ...], or parts of, by local slot.
+
+        Args:
+            stack: plain, or a DTensor sharded over EDP by experts (dim 0) or within each (dim 1).
+        """
+        if not isinstance(stack, DTensor) or stack.placements != (Shard(0),):
+            return self.local_experts
+        number = len(stack.to_local())
+        first = number * stack.device_mesh.get_local_rank()
+        return self.local_experts[first : first + number]
+
     @torch.compiler.disable  # it reads counts on the host; the layers around it compile
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [T, D].
@@ -123,14 +136,20 @@ class DataPath:
         refetch: bool = False,
     ) -> None:
         self.owner, self.family = owner, family
-        self.layer_index, self.home_E = layer_index, home_E
+        self.layer_index = layer_index
         self.planner, self.dispatcher = planner, dispatcher
         self.num_chunks, self.refetch = num_chunks, refetch
         self.meanwhile: Callable[[], None] | None = None
-        self.local_experts = (home_E == dispatcher.rank).nonzero().flatten().tolist()
-        self.slots = {expert: slot for slot, expert in enumerate(self.local_experts)}
-        self.agreed = zlib.crc32(home_E.numpy().tobytes(), layer_index)  # digest of all decisions
+        self.agreed = layer_index  # digest of all decisions
+        self.rehome(home_E)
         self._mix = torch.arange(len(home_E) * dispatcher.num_ranks) * 2 + 1
+
+    def rehome(self, home_E: Tensor) -> None:
+        """Take the homes [E] as they are from now on; the weights are there already."""
+        self.home_E = home_E
+        self.local_experts = (home_E == self.dispatcher.rank).nonzero().flatten().tolist()
+        self.slots = {expert: slot for slot, expert in enumerate(self.local_experts)}
+        self.agreed = zlib.crc32(home_E.numpy().tobytes(), self.agreed)
 
     def __call__(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, stacks: Mapping[str, Tensor]

@@ -146,6 +146,15 @@ def _check_placement(
         raise ValueError(
             f"placement is for (layers, experts, EP ranks) = {have}, model and mesh have {need}"
         )
+    check_same_on_all_ranks(placement, mesh)
+
+
+def check_same_on_all_ranks(placement: ExpertPlacement, mesh: ParallelMesh) -> None:
+    """Compare the ranks' tables; a collective.
+
+    Raises:
+        ValueError: on all ranks, naming those that hold another table than rank 0.
+    """
     digest = torch.tensor([int(placement.digest()[:15], 16)], device=mesh.device)
     digests = [torch.empty_like(digest) for _ in range(mesh.world_size)]
     dist.all_gather(digests, digest, group=mesh.dp_group)

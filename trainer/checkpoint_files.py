@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from placement.table import ExpertPlacement
 from trainer.durable import sync, write_durably
 
 FORMAT = 1
@@ -119,6 +120,19 @@ def prepare(directory: Path, step: int) -> Path:
     partial = target.with_suffix(".partial")
     partial.mkdir(parents=True)
     return partial
+
+
+def placement_of(path: str | Path) -> ExpertPlacement:
+    """The table that a run had when it saved this checkpoint.
+
+    Raises:
+        ValueError: as `read_mark`; or if there is no such table.
+    """
+    read_mark(Path(path))
+    saved = json.loads((Path(path) / TRAINING).read_text()).get("placement")
+    if saved is None:
+        raise ValueError(f"checkpoint {path}: has no placement; name one in the configuration")
+    return ExpertPlacement(torch.tensor(saved["home"], dtype=torch.int64), saved["num_ranks"])
 
 
 class CheckpointWriter(FileSystemWriter):

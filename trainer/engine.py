@@ -21,6 +21,7 @@ from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, moe_layers, router_of
 from parallel.phases import time_phases
 from parallel.planners import StatefulPlanner
+from parallel.relocate import Relocation, relocate
 from parallel.step import optimizer_step
 from parallel.tune import ChunkTuner
 from placement.table import ExpertPlacement
@@ -60,7 +61,7 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def relocate(self, new: ExpertPlacement) -> None: ...
+    def relocate(self, new: ExpertPlacement) -> Relocation: ...
 
 
 class TorchEngine:
@@ -149,11 +150,7 @@ class TorchEngine:
                 total_loss += loss.detach()
             step.finish([layer.experts for layer in layers], self.mesh.edp_group)
         self._last_decisions = collected.decisions
-        norm = grad_norm_(
-            [p for p in self.model.parameters() if p.grad is not None],
-            self.max_grad_norm,
-            self.mesh.dp_group,
-        )
+        norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
         metrics = reduce_metrics(
@@ -200,12 +197,9 @@ class TorchEngine:
         for balancer, saved in zip(self.balancers, state["balancers"], strict=True):
             balancer.load_state_dict(saved)
 
-    def relocate(self, new: ExpertPlacement) -> None:
-        """Not offered yet: placements change between runs, by resuming under another one."""
-        raise ValueError(
-            "placement cannot change during a run yet; save a checkpoint and resume with the new "
-            "placement"
-        )
+    def relocate(self, new: ExpertPlacement) -> Relocation:
+        """Move experts to the homes of another table; see `parallel.relocate.relocate`."""
+        return relocate(self.model, self.optimizer, self.mesh, new)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Sum over this rank's tokens of the cross-entropy, in nats."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from parallel.layer import ExpertParallel
+from parallel.model import moe_layers
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -118,32 +121,50 @@ def _progress(number: int, start: int, end: int) -> float:
 
 
 @torch.no_grad()
-def grad_norm_(
-    parameters: Sequence[nn.Parameter], max_norm: float, group: dist.ProcessGroup
-) -> Tensor:
+def grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup) -> Tensor:
     """Norm of the whole model's gradient, float64 [], which is scaled down to `max_norm` in place.
 
-    Every element of a parameter must be on exactly one rank of the group, as with FSDP2 over all
+    Every element of a gradient must be on exactly one rank of the group, as with FSDP2 over all
     of the parameter's replicas: then the squares of the local shards, summed by one all-reduce,
-    count each once. No host sync.
+    count each once. Every expert is summed by itself, then all in the order of their ids: homes
+    make no difference. No host sync.
 
     Args:
-        parameters: those that have gradients. max_norm: 0 for never scaling. group: all ranks.
+        model: parameters without gradients do not count. max_norm: 0 for never scaling.
+        group: all ranks.
     """
-    gradients = [_local(parameter.grad, group) for parameter in parameters]
-    square = torch.nn.utils.get_total_norm(gradients).double().square()
+    layers = [layer for _, layer in moe_layers(model)]
+    of_experts = {p for layer in layers for p in layer.experts.parameters(recurse=False)}
+    gradients = {p: _local(p.grad, group) for p in model.parameters() if p.grad is not None}
+    dense = torch.nn.utils.get_total_norm([g for p, g in gradients.items() if p not in of_experts])
+    device = next(iter(gradients.values())).device
+    squares = [dense.to(device).double().square()[None]]
+    squares += [_expert_squares(layer, gradients, device) for layer in layers]
+    square = torch.cat(squares)
     dist.all_reduce(square, group=group)
-    norm = square.sqrt()
+    norm = square.sum().sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-        for gradient in gradients:
+        for gradient in gradients.values():
             gradient.mul_(scale.to(gradient.dtype))
     return norm
 
 
-def _local(gradient: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+def _expert_squares(
+    layer: ExpertParallel, gradients: Mapping[nn.Parameter, Tensor], device: torch.device
+) -> Tensor:
+    """Squared norms of what this rank holds of every expert's gradient, float64 [E]."""
+    square_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=device)
+    trained = [p for p in layer.experts.parameters(recurse=False) if p in gradients]
+    if trained:
+        norms = [torch.linalg.vector_norm(gradients[p].flatten(1), dim=1) for p in trained]
+        here = torch.tensor(layer.experts_in(trained[0]), device=device)
+        square_E[here] = torch.stack(norms).double().square().sum(0)
+    return square_E
+
+
+def _local(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's shard of a gradient."""
-    assert gradient is not None, "a parameter without a gradient"
     if isinstance(gradient, DTensor):
         assert all(placement.is_shard() for placement in gradient.placements)
         return gradient.to_local()

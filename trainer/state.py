@@ -74,15 +74,14 @@ def expert_slices(name: str, stack: Tensor, layer: ExpertParallel) -> dict[str, 
         name: of the stack in the model. stack: plain, or a DTensor sharded over EDP by experts
             (dim 0) or within every expert (dim 1).
     """
-    keys = _expert_keys(name, layer.local_experts)
+    keys = _expert_keys(name, layer.experts_in(stack))
     if not isinstance(stack, DTensor):
         return dict(zip(keys, stack, strict=True))
     (placement,) = stack.placements
     local = stack.to_local()
     assert isinstance(placement, Shard)
     if placement.dim == 0:
-        first = len(local) * stack.device_mesh.get_local_rank()
-        return dict(zip(keys[first : first + len(local)], local, strict=True))
+        return dict(zip(keys, local, strict=True))
     inner = [Shard(placement.dim - 1)]
     mesh = stack.device_mesh
     return {

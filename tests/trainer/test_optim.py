@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_layers, parallelize
+from placement.table import ExpertPlacement
 from tests.families import FAMILIES, tiny_config
 from tests.ranks import run_ranks
 from trainer.optim import build_adamw, build_schedule, grad_norm_, parameter_groups
@@ -233,7 +234,7 @@ def clipped(ep: int, inner: bool) -> list[tuple[float, dict[str, torch.Tensor]]]
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
             parameter.grad = parameter.detach() * 0.5
-        norm = grad_norm_(list(model.parameters()), max_norm, mesh.dp_group)
+        norm = grad_norm_(model, max_norm, mesh.dp_group)
         assert norm.dtype == torch.float64
         gradients = {}
         for name, parameter in model.named_parameters():
@@ -271,6 +272,28 @@ def test_norm_counts_every_parameter_once(world: int, ep: int, inner: bool) -> N
                 torch.testing.assert_close(gradient, parameter.detach() * factor)
 
 
+def norms_under(homes: list[list[int]]) -> list[float]:
+    """Norms of gradients that are the same for every expert, wherever it lives."""
+    norms, mesh = [], ParallelMesh.build(ep=2, device_type="cpu")
+    for home_E in homes:
+        model = tiny_model("qwen3_moe").double()  # sums of squares of fp32 are often exact
+        parallelize(model, mesh, placement=ExpertPlacement(torch.tensor([home_E, home_E]), 2))
+        for _, layer in moe_layers(model):
+            fully_shard(layer, mesh=mesh.expert["edp"])
+        fully_shard(model, mesh=mesh.dense["dp"])
+        for name, parameter in model.named_parameters():
+            parameter.grad = parameter.detach() * (45 if ".experts." in name else 0.3)
+        norms.append(float(grad_norm_(model, 0.0, mesh.dp_group)))
+    return norms
+
+
+def test_norm_does_not_depend_on_homes() -> None:
+    """In every digit of float64."""
+    generator = torch.Generator().manual_seed(0)
+    homes = [(torch.randperm(8, generator=generator) % 2).tolist() for _ in range(10)]
+    assert len(set(run_ranks(norms_under, 4, homes)[0])) == 1
+
+
 def test_norm_of_a_nan_is_nan() -> None:
     assert run_ranks(nan_norm, 2) == [True, True]
 
@@ -283,7 +306,7 @@ def nan_norm() -> bool:
         parameter.grad = torch.zeros_like(parameter)
     if mesh.rank == 1:
         layer.bias.grad.to_local()[0] = math.nan  # type: ignore[union-attr]
-    return math.isnan(float(grad_norm_(list(layer.parameters()), 1.0, mesh.dp_group)))
+    return math.isnan(float(grad_norm_(layer, 1.0, mesh.dp_group)))
 
 
 def unsharded_norm() -> bool:
@@ -291,7 +314,7 @@ def unsharded_norm() -> bool:
     layer(torch.ones(1, 4)).sum().backward()
     mesh = ParallelMesh.build(ep=1, device_type="cpu")
     with pytest.raises(AssertionError, match="once per rank"):
-        grad_norm_(list(layer.parameters()), 1.0, mesh.dp_group)
+        grad_norm_(layer, 1.0, mesh.dp_group)
     return True
 
 
