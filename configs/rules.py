@@ -1,4 +1,4 @@
-"""Bounds of every number and rules between fields, in one pure function."""
+"""Bounds of every number of a run or a sweep, and rules between the fields of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from configs.sweep_schema import SweepConfig
 
 AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -26,6 +27,11 @@ AT_LEAST: dict[str, float] = {
     "train.record_routing_every": 0,
     "train.dispatch_chunks": 0,
     "train.generate": 0,
+    "stats.every": 0,
+    "relocate.every": 0,
+    "relocate.load_weight": 0,
+    "relocate.pays_within": 1,
+    "relocate.max_moves": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "data.num_bytes": 1,
@@ -34,18 +40,38 @@ AT_LEAST: dict[str, float] = {
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
     "optim.min_lr_ratio": 0,
+    "micro_batch": 1,
+    "micro_batches": 1,
+    "n_jobs": 1,
+    "synthetic.layers": 1,
+    "synthetic.experts": 1,
+    "synthetic.top_k": 1,
+    "synthetic.skew": 0,
+    "synthetic.domains": 1,
+    "synthetic.seq_len": 1,
+    "synthetic.stats_tokens": 1,
+    "synthetic.steps": 1,
+    "shape.hidden": 1,
+    "shape.width": 1,
+    "shape.bytes_per_value": 1,
+    "cluster.num_nodes": 1,
+    "cluster.ranks_per_node": 1,
     "cluster.latency_us": 0,
 }
 ABOVE: dict[str, float] = {
     "mesh.timeout_s": 0,
     "train.stop_after_s": 0,
+    "stats.decay": 0,
+    "relocate.time_limit_s": 0,
     "optim.lr": 0,
     "optim.eps": 0,
     "cluster.intra_gbps": 0,
     "cluster.inter_gbps": 0,
+    "cluster.node_gbps": 0,
     "cluster.flops": 0,
+    "compute_share": 0,
 }
-AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1}
+AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1, "stats.decay": 1, "compute_share": 1}
 BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63}
 
 TWO_LEVEL = "parallel.two_level.TwoLevelDispatcher"
@@ -74,11 +100,13 @@ def check(
         ValueError: with one line per problem, each naming key, value, bound and remedy.
     """
     problems = [
-        *_bounds(config),
+        *out_of_bounds(config),
+        *_betas(config),
         *_names(config),
         *_compile(config),
         *_borrowed(config),
         *_levels(config, world_size),
+        *_living(config),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
         *_batch(config, world_size),
         *_schedule(config),
@@ -105,7 +133,8 @@ def bounds_text(key: str) -> str:
     return ", ".join(f"{sign} {table[key]}" for sign, table in tables if key in table)
 
 
-def _bounds(config: Config) -> Iterator[str]:
+def out_of_bounds(config: Config | SweepConfig) -> Iterator[str]:
+    """Numbers of a configuration that are outside their bounds, one line each."""
     for key in sorted({*AT_LEAST, *ABOVE, *AT_MOST, *BELOW}):
         value = _value(config, key)
         if value is None:
@@ -119,6 +148,9 @@ def _bounds(config: Config) -> Iterator[str]:
         )
         if not inside:
             yield f"{key} ({value}) must be {bounds_text(key)}"
+
+
+def _betas(config: Config) -> Iterator[str]:
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas ({betas}) must be two numbers, each >= 0 and < 1"
@@ -147,6 +179,30 @@ def _borrowed(config: Config) -> Iterator[str]:
         yield (
             f"train.refetch_borrowed (true) contradicts planner ({name}), which keeps borrowed "
             f"weights for the whole optimizer step; set it to false, or use planner=quota"
+        )
+
+
+def _living(config: Config) -> Iterator[str]:
+    stats, relocate, assign = config.stats, config.relocate, config.train.assign_sequences
+    if relocate.every and not stats.every and stats.path is None:
+        yield (
+            f"relocate.every ({relocate.every}) needs statistics; set stats.every, such as "
+            f"stats.every={max(1, relocate.every // 10)}, or stats.path"
+        )
+    if assign and not stats.by_token:
+        yield (
+            "train.assign_sequences (true) predicts by token id; set stats.by_token=true, so that "
+            "they are counted"
+        )
+    if assign and stats.path is None and not relocate.every:
+        yield (
+            "train.assign_sequences (true) has no statistics to begin with and none are looked at "
+            "later; set relocate.every, or stats.path"
+        )
+    if relocate.objective.value == "batched" and not assign:
+        yield (
+            "relocate.objective (batched) supposes train.assign_sequences=true; set it, or use "
+            "relocate.objective=home"
         )
 
 
@@ -257,10 +313,11 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.weights ({data.weights}) must be >= 0, and one of them > 0"
 
 
-def _value(config: Config, key: str) -> Any:
+def _value(config: Config | SweepConfig, key: str) -> Any:
+    """The value of a key; None where this kind of configuration has none."""
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, None)
     return value
 
 

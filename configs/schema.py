@@ -49,6 +49,16 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class PlacementObjective(Enum):
+    """What a placement of experts is judged by, in seconds of the MoE layers."""
+
+    home = "home"
+    batched = "batched"
+    affinity = "affinity"
+    moetuner = "moetuner"
+    load = "load"
+
+
 class InvalidUtf8(Enum):
     """What happens to bytes of the corpus that are not UTF-8."""
 
@@ -117,6 +127,9 @@ class TrainConfig:
     record_routing_every: int = 0
     """Steps between two recordings of the routing to run.dir/routing, every token's experts in
     every layer. 0: off."""
+    assign_sequences: bool = False
+    """Give every rank those sequences of a batch whose experts it has, as far as the statistics
+    tell: less traffic, the same losses to rounding."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """A NaN or infinite loss or gradient: stop and save the ids of the batch, or skip the step
     and count it."""
@@ -124,6 +137,41 @@ class TrainConfig:
     """Tokens of sample text generated at the end. 0: none."""
     stop_after_s: float | None = None
     """Seconds of training after which the run saves and ends early. null: no limit."""
+
+
+@dataclass
+class StatsConfig:
+    """Routing statistics, recorded while training: what placements are solved from."""
+
+    every: int = 0
+    """Steps between two recordings. 0: off. They are saved as run.dir/stats/step-<step>.npz with
+    every checkpoint."""
+    decay: float = 1.0
+    """Factor on all counts before each recording, so that the past fades. 1: nothing fades."""
+    by_token: bool = False
+    """Also count which experts every token id chooses: what train.assign_sequences predicts by."""
+    path: str | None = None
+    """Statistics of an earlier run of the model, to begin with. null: none."""
+
+
+@dataclass
+class RelocateConfig:
+    """Experts that move to better homes while training; the results do not change."""
+
+    every: int = 0
+    """Steps between two searches for a better placement, from the statistics. 0: never."""
+    objective: PlacementObjective = PlacementObjective.home
+    """home: traffic and load of training. batched: the same with train.assign_sequences. affinity:
+    traffic between consecutive layers (ExFlow). moetuner: that and load. load: load alone."""
+    load_weight: float | None = None
+    """Weight of the seconds for which ranks wait for the busiest one. null: 1 with planner=home, 0
+    with planners that even out the load."""
+    pays_within: int | None = 100
+    """Steps in which a move must earn the time that it takes. null: move whatever is better."""
+    max_moves: int | None = None
+    """Most experts that move at once, over all layers. null: no limit."""
+    time_limit_s: float = 10.0
+    """Seconds of a search at most; the other ranks wait for it."""
 
 
 @dataclass
@@ -216,18 +264,27 @@ class OptimConfig:
 
 @dataclass
 class ClusterConfig:
-    """Speeds of the machines, for metrics and planning; they never change results."""
+    """The machines: their speeds, for metrics and planning, and their number, for simulation. They
+    never change results."""
 
+    num_nodes: int | None = None
+    """Nodes, for placement.sweep. Training takes its nodes from the launcher and mesh, whatever
+    this says."""
+    ranks_per_node: int | None = None
+    """Ranks on a node, for placement.sweep. Training uses mesh.ranks_per_node."""
     intra_gbps: float | None = None
     """Bandwidth of one rank to another on the same node, Gbit/s in one direction. null: measured
-    at the start, if the planner wants to know."""
+    at the start, if the planner or placer wants to know; placement.sweep needs it."""
     inter_gbps: float | None = None
     """Bandwidth of one rank to another node, Gbit/s in one direction. null: as above."""
+    node_gbps: float | None = None
+    """Bandwidth of all ranks of a node together to other nodes, Gbit/s in one direction, for
+    placement.sweep. null: every rank has inter_gbps for itself."""
     flops: float | None = None
     """Peak floating-point operations per second of one rank at train.precision. null: measured
-    for the planner, and no utilisation is reported."""
+    for planner and placer, and no utilisation is reported; placement.sweep needs it."""
     latency_us: float | None = None
-    """Time of an empty message between two nodes, microseconds. null: as above."""
+    """Time of an empty message between two nodes, microseconds. null: as intra_gbps."""
 
 
 @dataclass
@@ -239,6 +296,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stats: StatsConfig = field(default_factory=StatsConfig)
+    relocate: RelocateConfig = field(default_factory=RelocateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

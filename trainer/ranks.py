@@ -6,10 +6,13 @@ import datetime
 import os
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Made = TypeVar("Made")
 
 ROLL_CALL_S = 5.0
 PATIENCE = datetime.timedelta(days=1)
@@ -121,3 +124,20 @@ class RankZeroFirst:
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
+
+    def result(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on rank 0, on every rank.
+
+        Raises:
+            ValueError: on every rank, if it raised that on rank 0.
+        """
+        made: Any = None
+        if dist.get_rank() == 0:
+            try:
+                made = make()
+            except ValueError as error:
+                made = error
+        made = self.value(made)
+        if isinstance(made, ValueError):
+            raise made
+        return made

@@ -5,6 +5,7 @@ T tokens, L MoE layers, K choices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +14,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh import ParallelMesh
+from placement.trace import Trace, joined
+from trainer.data.packing import PackedDataset
 
 
 def save_routing(
-    path: Path, routing: list[tuple[int, Tensor]], mesh: ParallelMesh, num_experts: int
+    path: Path,
+    routing: list[tuple[int, Tensor]],
+    micro_batches: Sequence[dict[str, Tensor]],
+    dataset: PackedDataset,
+    mesh: ParallelMesh,
+    num_experts: int,
 ) -> None:
-    """Write the routing of one optimizer step over all ranks, on rank 0, as one .npz.
+    """Write the routing of one optimizer step over all ranks, on rank 0, as a trace (.npz).
 
-    Its arrays: `ids` int32 [T, L, K], the tokens by rank, micro-batch and place; `source` int32
-    [T], the rank of every token; `num_experts`. The id num_experts means "no expert".
+    Tokens by rank, micro-batch and place; `source` is the rank of every token in the job, `domain`
+    the source of its sequence in the data.
 
     Args:
-        routing: what `collect_routing` collected on this rank.
+        routing: what `collect_routing` collected on this rank. micro_batches: of the step.
+        dataset: they are from.
     """
     ids_TLK = torch.cat([torch.stack(layers, 1) for layers in _forwards(routing)]).numpy()
-    everyones: list[np.ndarray] | None = None
-    if mesh.rank == 0:
-        everyones = [np.empty(0)] * mesh.world_size
-    dist.gather_object(ids_TLK, everyones, group=mesh.dp_group, group_dst=0)
-    if everyones is None:
-        return
-    source = np.repeat(np.arange(mesh.world_size), [len(ids) for ids in everyones])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        ids=np.concatenate(everyones),
-        source=source.astype(np.int32),
-        num_experts=np.int32(num_experts),
+    tokens_ST = torch.cat([batch["input_ids"] for batch in micro_batches]).numpy()
+    sequence_S = torch.cat([batch["sequence_ids"] for batch in micro_batches]).numpy()
+    seq_len = tokens_ST.shape[1]
+    mine = Trace(
+        ids_TLK,
+        num_experts,
+        source_T=np.full(len(ids_TLK), mesh.rank),
+        sequence_T=np.repeat(sequence_S, seq_len),
+        token_T=tokens_ST.ravel(),
+        domain_T=np.repeat(dataset.sources_of(sequence_S), seq_len),
     )
+    everyones: list[Trace] | None = [mine] * mesh.world_size if mesh.rank == 0 else None
+    dist.gather_object(mine, everyones, group=mesh.dp_group, group_dst=0)
+    if everyones is not None:
+        joined(everyones).save(path)
 
 
 def _forwards(routing: list[tuple[int, Tensor]]) -> list[list[Tensor]]:

@@ -22,14 +22,21 @@ from parallel.mesh import ParallelMesh
 from parallel.model import find_experts
 from parallel.plan import Planner
 from parallel.planners import Materialize, Quota, Sticky
-from parallel.probe import describe_topology, measure_topology
-from placement.table import ExpertPlacement
+from parallel.probe import describe_topology
+from placement.topology import Topology
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import CheckpointReader
 from trainer.data import Data, build_data, check_vocabulary
 from trainer.data.baseline import baseline_bits_per_byte
 from trainer.engine import TorchEngine
 from trainer.export import HFCheckpoint, export_model
+from trainer.living import (
+    expert_shape,
+    first_placement,
+    living_placement,
+    measured_topology,
+    where_it_was,
+)
 from trainer.loggers import LoggerList
 from trainer.metrics import model_flops_per_token, parameter_counts
 from trainer.modeling import (
@@ -78,6 +85,7 @@ def _run(config: Config) -> None:
     world = dist.get_world_size()
     check(config, world, num_experts=num_experts, top_k=top_k, max_positions=positions)
     planner = instantiate(config.planner)  # refuses impossible bounds before any work is done
+    placer = instantiate(config.placement)
     ep = config.mesh.ep or math.gcd(world, num_experts)
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
     if mesh.device.type == "cpu":
@@ -86,20 +94,6 @@ def _run(config: Config) -> None:
     data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=rank_zero.wait)
     _describe(data, mesh, rank_zero)
     check_vocabulary(data.tokenizer, model_config.get_text_config().vocab_size)
-    placement = _placement(config, len(experts), num_experts, ep)
-    model = build_model(
-        model_config,
-        mesh,
-        seed=config.seed,
-        placement=placement,
-        planner=_fitted(planner, config, mesh, shape, top_k),
-        checkpoint=checkpoint,
-        dispatcher=instantiate(config.dispatcher),
-        num_chunks=max(1, config.train.dispatch_chunks),
-        refetch=config.train.refetch_borrowed,
-        shared_meanwhile=not config.train.compile,  # its early call cannot be traced
-    )
-    engine = _engine(config, model, mesh)
     folder = Path(config.run.dir)
     checkpointer = Checkpointer(
         folder / "checkpoints",
@@ -107,6 +101,25 @@ def _run(config: Config) -> None:
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
     )
+    resume = checkpointer.resolve(config.checkpoint.resume)
+    topology = measured_topology(config, mesh, planner, placer)
+    sizes = len(experts), num_experts, ep
+    placement = first_placement(placer, sizes, topology, expert_shape(config, shape), rank_zero)
+    if resume is not None and config.relocate.every:
+        placement = where_it_was(resume, placement, mesh, rank_zero)
+    model = build_model(
+        model_config,
+        mesh,
+        seed=config.seed,
+        placement=placement,
+        planner=_fitted(planner, config, mesh, topology, shape, top_k),
+        checkpoint=checkpoint,
+        dispatcher=instantiate(config.dispatcher),
+        num_chunks=max(1, config.train.dispatch_chunks),
+        refetch=config.train.refetch_borrowed,
+        shared_meanwhile=not config.train.compile,  # its early call cannot be traced
+    )
+    engine = _engine(config, model, mesh)
     loggers = LoggerList(list(instantiate(config.logger).values()), rank=mesh.rank)
     trainer = Trainer(
         config,
@@ -117,8 +130,8 @@ def _run(config: Config) -> None:
         loggers=loggers,
         placement=placement,
         flops_per_token=model_flops_per_token(shape, config.train.seq_len),
+        living=living_placement(config, mesh, topology, data.train, shape, rank_zero),
     )
-    resume = checkpointer.resolve(config.checkpoint.resume)
     if resume is not None:
         trainer.resume(resume)
     if _nothing_to_do(config, trainer.progress.step, rank_zero):
@@ -184,29 +197,18 @@ def _describe(data: Data, mesh: ParallelMesh, rank_zero: RankZeroFirst) -> None:
         print("the tokenizer changes text, so bits per byte are approximate")
 
 
-def _placement(config: Config, num_layers: int, num_experts: int, ep: int) -> ExpertPlacement:
-    """A loaded table, or one made for this model and EP size."""
-    placement = instantiate(config.placement)
-    if isinstance(placement, ExpertPlacement):
-        return placement
-    return placement(num_layers, num_experts, ep)
-
-
 def _fitted(
-    planner: Any, config: Config, mesh: ParallelMesh, shape: Any, top_k: int | None
+    planner: Any,
+    config: Config,
+    mesh: ParallelMesh,
+    topology: Topology | None,
+    shape: Any,
+    top_k: int | None,
 ) -> Planner:
     """The planner, fitted to the speeds of the machine and the model's widths if it asks."""
-    if not hasattr(planner, "for_topology") or mesh.ep_size == 1:
+    if not hasattr(planner, "for_topology") or topology is None:
         return planner
-    train, cluster, bf16 = config.train, config.cluster, config.train.precision is Precision.bf16
-    topology = measure_topology(
-        mesh,
-        torch.bfloat16 if bf16 else torch.float32,
-        intra_gbps=cluster.intra_gbps,
-        inter_gbps=cluster.inter_gbps,
-        flops=cluster.flops,
-        latency_us=cluster.latency_us,
-    )
+    train, bf16 = config.train, config.train.precision is Precision.bf16
     value_bytes = 2 if bf16 else 4
     bytes_per_parameter: float = value_bytes * (1 + train.refetch_borrowed) + GRADIENT_BYTES
     if isinstance(planner, Sticky):  # an expert travels once for all micro-batches of a step

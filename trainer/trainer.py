@@ -23,6 +23,7 @@ from trainer.engine import StepStats, TorchEngine
 from trainer.loggers import LoggerList
 from trainer.metrics import dead_experts, max_violation, memory_bytes
 from trainer.modeling import seeded
+from trainer.placement import LivingPlacement
 from trainer.ranks import agree
 from trainer.record import save_routing
 
@@ -42,6 +43,7 @@ class Progress:
     rows: int = 0
     rows_crossing: int = 0
     skipped: int = 0
+    moved_experts: int = 0
     first_load_ratio: float | None = None
     first_load_ratio_home: float | None = None
     first_max_violation: float | None = None
@@ -61,10 +63,12 @@ class Trainer:
         loggers: LoggerList,
         placement: ExpertPlacement,
         flops_per_token: float,
+        living: LivingPlacement | None = None,
     ) -> None:
         self.config, self.mesh, self.data, self.engine = config, mesh, data, engine
         self.checkpointer, self.loggers = checkpointer, loggers
         self.placement, self.flops_per_token = placement, flops_per_token
+        self.living = living
         self.batches = data.batches(config.train.batch_size, config.seed)
         self.progress = Progress()
         self.last: dict[str, float] = {}
@@ -85,6 +89,29 @@ class Trainer:
         self.batches.load_state_dict(extra["data"])
         self.progress = Progress(**extra["progress"])
         self.saved_step = self.progress.step
+        if self.living is not None:
+            self.living.restore(self.progress.step)
+
+    def relocate(self, new: ExpertPlacement) -> int:
+        """Move experts to the homes of another table, between steps; how many have moved.
+
+        Checkpoints from now on carry the new table.
+
+        Raises:
+            ValueError: if ranks hold different tables or the table does not fit the model.
+        """
+        moved = self.engine.relocate(new)
+        self.placement = new
+        self.progress.moved_experts += moved.experts
+        return moved.experts
+
+    def review(self, living: LivingPlacement) -> None:
+        """Look for a better placement in the statistics, and move the experts if it pays."""
+        placement, why = living.review(self.placement)
+        if why:
+            print(why, flush=True)
+        if not torch.equal(placement.home_LE, self.placement.home_LE):
+            self.relocate(placement)
 
     def train(self) -> None:
         """Train to the end of the run, or until it is told to stop; then save."""
@@ -99,6 +126,8 @@ class Trainer:
                 self.step_seconds += seconds
                 step = self.progress.step
                 self.checkpointer.poll()  # a failed background save ends the run now
+                if self.living is not None and self.living.review_due(step) and step < train.steps:
+                    self.review(self.living)
                 if train.eval_every and step % train.eval_every == 0 and step < train.steps:
                     self.evaluate()
                 done = (step - first_step) / (train.steps - first_step)
@@ -126,6 +155,8 @@ class Trainer:
             },
         }
         extra = json.loads(json.dumps(extra, default=str))  # the model's dtypes become text
+        if self.living is not None and self.living.every:
+            self.living.save(self.progress.step, self.config.checkpoint.keep)
         self.checkpointer.save(self.progress.step, self.engine.model, self.engine.optimizer, extra)
         self.saved_step = self.progress.step
 
@@ -152,7 +183,9 @@ class Trainer:
 
     def _step(self) -> StepStats:
         train, progress = self.config.train, self.progress
-        ids = self.batches.next()
+        ids, living = self.batches.next(), self.living
+        if living is not None and living.assigner is not None:
+            ids = living.assigner.order(ids)
         micro_batches = self.data.train.micro_batches(
             ids, self.mesh.rank, self.mesh.world_size, train.micro_batch_size
         )
@@ -161,12 +194,16 @@ class Trainer:
             timed = bool(every) and (progress.step + 1) % every == 0
             every = train.record_routing_every
             recorded = bool(every) and (progress.step + 1) % every == 0
-            with collect_routing(recorded) as routing:
+            counted = living is not None and living.due(progress.step + 1)
+            with collect_routing(recorded or counted) as routing:
                 stats = self.engine.train_step(micro_batches, time_layers=timed)
         progress.step += 1
         if recorded:
             path = Path(self.config.run.dir) / f"routing/step-{progress.step:08}.npz"
-            save_routing(path, routing, self.mesh, stats.counts_LE.shape[1])
+            experts = stats.counts_LE.shape[1]
+            save_routing(path, routing, micro_batches, self.data.train, self.mesh, experts)
+        if living is not None and counted:
+            living.recorder.record(routing, micro_batches, self.data.train)
         if not stats.finite:
             self._nonfinite(stats, ids)
             return stats
@@ -208,6 +245,7 @@ class Trainer:
         metrics["moe/dead_experts"] = float(dead_experts(stats.counts_LE))
         for layer, counts_E in enumerate(stats.counts_LE):
             metrics[f"layer/{layer}/max_violation"] = max_violation(counts_E)
+        metrics["moe/moved_experts"] = float(self.progress.moved_experts)
         metrics["train/skipped_steps"] = float(self.progress.skipped)
         metrics.update(self.validation)
         self.last = metrics

@@ -115,6 +115,23 @@ def test_the_quickstart_fits_as_many_ranks_as_there_are_gpus(
             "mesh.ranks_per_node (6), so that its groups lie evenly on nodes; "
             "use mesh.ep=1, 2, 3, 6 or 12",
         ),
+        (
+            1,
+            ["relocate.every=50"],
+            "relocate.every (50) needs statistics; set stats.every, such as st",
+        ),
+        (1, ["train.assign_sequences=true"], "predicts by token id; set stats.by_token=true"),
+        (
+            1,
+            ["train.assign_sequences=true", "stats.by_token=true", "stats.every=1"],
+            "has no statistics to begin with and none are looked at later; set relocate.every, or",
+        ),
+        (
+            1,
+            ["relocate.objective=batched"],
+            "relocate.objective (batched) supposes train.assign_sequences=true",
+        ),
+        (1, ["stats.decay=1.5"], "stats.decay (1.5) must be > 0, <= 1"),
         (1, ["train.dispatch_chunks=-1"], "train.dispatch_chunks (-1) must be >= 0"),
         (1, ["cluster.inter_gbps=0"], "cluster.inter_gbps (0.0) must be > 0"),
     ],

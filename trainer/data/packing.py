@@ -102,6 +102,10 @@ class PackedDataset:
             total += int(self.token_lengths[labels[labels != IGNORED]].sum())
         return total
 
+    def sources_of(self, sequence_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Which source each sequence is from, by place in `streams`; 0 for filler."""
+        return np.maximum(0, np.searchsorted(self._first_ids, sequence_ids, side="right") - 1)
+
     def locate(self, sequence_id: int) -> tuple[TokenStream, int]:
         """The stream of a sequence, and where in it the sequence starts.
 

@@ -1,0 +1,155 @@
+"""Statistics of a job, moves that pay, and whole runs whose experts move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.mesh import ParallelMesh
+from placement.objective import AFFINITY, ExpertShape
+from placement.stats import COUNTS, RoutingStats
+from placement.synthetic import SyntheticRouter
+from placement.table import ExpertPlacement
+from placement.topology import Topology
+from placement.trace import Trace, joined, load_trace
+from tests.ranks import run_ranks
+from tests.trainer.test_run import corpus, metrics, train
+from trainer.checkpoint_files import placement_of
+from trainer.placement import Recorder, Relocator
+
+LAYERS, EXPERTS, SEQUENCES, SEQ_LEN = 2, 8, 3, 5
+
+
+def _trace(rank: int) -> Trace:
+    """Two micro-batches of one rank."""
+    made = SyntheticRouter(LAYERS, EXPERTS).sample(2 * SEQUENCES, SEQ_LEN, 2, seed=rank)
+    assert made.token_T is not None and made.sequence_T is not None
+    return Trace(
+        made.ids_TLK,
+        EXPERTS,
+        source_T=np.full(made.num_tokens, rank % 2),
+        token_T=made.token_T % 50,
+        domain_T=made.sequence_T % 3,
+    )
+
+
+def _record(folder: str) -> RoutingStats | None:
+    """Record this rank's trace twice, with the past halved, and go on from a file."""
+    mesh = ParallelMesh.build(ep=2)
+    trace = _trace(mesh.rank)
+    recorder = Recorder(mesh, LAYERS, EXPERTS, by_token=True, decay=0.5)
+    size = SEQUENCES * SEQ_LEN
+    routing, batches = [], []
+    assert trace.token_T is not None
+    for start in (0, size):
+        part = trace.take(np.arange(start, start + size))
+        assert part.token_T is not None
+        batches.append(
+            {
+                "input_ids": torch.from_numpy(part.token_T).view(SEQUENCES, SEQ_LEN),
+                "sequence_ids": torch.arange(start // SEQ_LEN, start // SEQ_LEN + SEQUENCES),
+            }
+        )
+        routing += [(layer, torch.from_numpy(part.ids_TLK[:, layer])) for layer in range(LAYERS)]
+    dataset: Any = SimpleNamespace(sources_of=lambda ids: np.asarray(ids) % 3)
+    for _ in range(2):
+        recorder.record(routing, batches, dataset)
+    merged = recorder.merged()
+    if merged is not None:
+        merged.save(Path(folder) / "stats.npz")
+    torch.distributed.barrier()
+    again = Recorder(mesh, LAYERS, EXPERTS)
+    again.start_from(Path(folder) / "stats.npz")
+    return again.merged()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_ranks_counts_are_the_jobs(tmp_path: Path, world: int) -> None:
+    results = run_ranks(_record, world, str(tmp_path))
+    assert results[1:] == [None] * (world - 1)
+    whole = RoutingStats.of_trace(joined([_trace(rank) for rank in range(world)]), 2)
+    for name in COUNTS:
+        assert torch.equal(getattr(results[0], name), 1.5 * getattr(whole, name)), name
+    for name in ("by_token", "by_domain"):
+        found, expected = getattr(results[0], name).table, getattr(whole, name).table
+        np.testing.assert_array_equal(found.toarray(), 1.5 * expected.toarray())
+    assert results[0].tokens == 1.5 * whole.tokens
+
+
+def test_only_moves_that_pay_are_made() -> None:
+    """One expert's move is worth its time if the gain of the steps to come exceeds it."""
+    trace = SyntheticRouter(4, 8, "high").sample(50, 32, 1)
+    stats = RoutingStats.of_trace(trace)
+    topology = Topology.even(1, 4, intra_gbps=8.0, inter_gbps=8.0, flops=1e9)
+    shape = ExpertShape(hidden=64, parameters=1000, bytes_per_value=4)
+    current = ExpertPlacement.contiguous(4, 8, 4)
+
+    def moves(pays_within: int | None, most: int | None = None) -> int:
+        relocator = Relocator(
+            topology,
+            AFFINITY.__class__(mode="coherent", load_weight=0, shape=shape),
+            tokens_per_step=trace.num_tokens // 10,
+            pays_within=pays_within,
+            max_moves=most,
+            time_limit_s=20,
+            seed=0,
+        )
+        solution = relocator.better(stats, current)
+        if solution is None:
+            return 0
+        assert f"{solution.moves:,} of 32 experts move" in relocator.describe(solution, stats)
+        assert solution.moves == len(current.moves_to(solution.placement))
+        return solution.moves
+
+    free = moves(None)
+    assert free > 8
+    assert moves(1) == 0
+    assert 0 < moves(100) <= free
+    assert moves(10**9) > 8
+    assert 0 < moves(None, most=4) <= 4
+
+
+@pytest.mark.slow
+def test_a_run_whose_experts_move_is_the_same_run(tmp_path: Path) -> None:
+    """Bitwise at home with two choices; a resumed run goes on with the placement it had."""
+    text = corpus(tmp_path / "text")
+    same = ["planner=home", "mesh.ep=2", "checkpoint.export=false", "train.record_routing_every=3"]
+    living = [
+        *same,
+        "stats.every=1",
+        "stats.by_token=true",
+        "relocate.every=2",
+        "relocate.objective=affinity",
+        "relocate.pays_within=null",
+    ]
+    train(text, tmp_path / "still", 2, *same)
+    output = train(
+        text, tmp_path / "moving", 2, *living, "train.steps=4", "optim.schedule=constant"
+    )
+    assert "experts move and save" in output
+    train(text, tmp_path / "still4", 2, *same, "train.steps=4", "optim.schedule=constant")
+    moving, still = metrics(tmp_path / "moving"), metrics(tmp_path / "still4")
+    assert moving[-1]["moe/moved_experts"] > 0
+    for name in ("train/loss", "train/grad_norm"):
+        assert [line[name] for line in moving] == [line[name] for line in still]
+    saved = sorted((tmp_path / "moving/checkpoints").glob("step-*"))[-1]
+    table = placement_of(saved)
+    assert table.digest() != ExpertPlacement.contiguous(2, 8, 2).digest()
+    stats = RoutingStats.load(tmp_path / "moving/stats/step-00000004.npz")
+    assert stats.tokens == 4 * 8 * 32
+    train(text, tmp_path / "moving", 2, *living, "relocate.every=100", "optim.schedule=constant")
+    train(text, tmp_path / "still4", 2, *same, "optim.schedule=constant")
+    assert (
+        metrics(tmp_path / "moving")[-1]["train/loss"]
+        == metrics(tmp_path / "still4")[-1]["train/loss"]
+    )
+    last = sorted((tmp_path / "moving/checkpoints").glob("step-*"))[-1]
+    assert placement_of(last).digest() == table.digest()
+    trace = load_trace(tmp_path / "moving/routing/step-00000006.npz")
+    assert trace.num_tokens == 8 * 32 and trace.token_T is not None and trace.domain_T is not None
+    assert trace.sequence_T is not None and len(set(trace.sequence_T.tolist())) == 8
