@@ -53,6 +53,17 @@ class Solution:
             return 0.0
         return (self.value - self.lower_bound) / max(abs(self.value), 1e-300)
 
+    def describe(self) -> str:
+        """In one line: moves, what they save, and how much more is possible."""
+        saved = self.start_value - self.value
+        certificate = "proven optimal" if self.proven else f"at most {self.gap:.1%} from optimal"
+        out_of_time = "" if self.finished else ", out of time"
+        return (
+            f"{self.moves:,} of {self.placement.home_LE.numel():,} experts move and save "
+            f"{saved / max(abs(self.start_value), 1e-300):.1%}; {certificate} ({self.method}, "
+            f"{self.seconds:.1f} s{out_of_time})"
+        )
+
 
 def solve(
     stats: RoutingStats,
