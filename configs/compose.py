@@ -1,4 +1,4 @@
-"""From the command line to one checked `Config`, and back to YAML."""
+"""From the command line to one checked `Config` or `SweepConfig`, and back to YAML."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from configs.describe import help_node
 from configs.errors import did_you_mean
 from configs.schema import Config
 from configs.slots import slot_problems, slots
+from configs.sweep_schema import GROUPS, SweepConfig
 
 MAX_FOLDER_NAME = 120
 
@@ -26,6 +27,7 @@ def register() -> None:
     """Make the schema, the help text, `${sweep_job:}` and `${per_rank:N}` known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.store(name="sweep_schema", node=SweepConfig)
     store.store(group="hydra/help", name="evenkeel", node=help_node())
     OmegaConf.register_new_resolver("sweep_job", sweep_job, replace=True)
     OmegaConf.register_new_resolver("per_rank", per_rank, replace=True)
@@ -40,6 +42,22 @@ def composed(*overrides: str) -> DictConfig:
     register()
     with initialize_config_module("configs", version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def composed_cell(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """One cell of a sweep, merged into its schema and not yet resolved, and its groups' choices.
+
+    Raises:
+        HydraException, OmegaConfBaseException: `explain` of configs/errors.py words them.
+    """
+    register()
+    with initialize_config_module("configs", version_base="1.3"):
+        composition = compose("sweep", list(overrides), return_hydra_config=True)
+    chosen = composition.hydra.runtime.choices
+    choices = {group: str(chosen[group]) for group in GROUPS}
+    with open_dict(composition):
+        del composition["hydra"]
+    return composition, choices
 
 
 def load(*overrides: str) -> Config:
@@ -64,8 +82,35 @@ def to_config(composed: DictConfig) -> Config:
             f"missing values: {', '.join(missing)}; give them on the command line "
             f"({missing[0]}=...) or choose an experiment that sets them (experiment=quickstart)"
         )
-    config = OmegaConf.to_object(composed)
+    config = _resolved(composed)
     assert isinstance(config, Config)
+    return config
+
+
+def to_cell(composed: DictConfig) -> SweepConfig:
+    """Resolve a composed cell of a sweep into dataclasses and check its slots.
+
+    Without `placement.stats` a solved placement has the statistics of the sweep, and so null here.
+
+    Raises:
+        ValueError: for missing values and for slots that do not fit their target.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if "placement.stats" in missing:
+        composed.placement.stats = None
+        missing.remove("placement.stats")
+    if missing:
+        raise ValueError(
+            f"missing values: {', '.join(missing)}; give them on the command line "
+            f"({missing[0]}=...)"
+        )
+    config = _resolved(composed)
+    assert isinstance(config, SweepConfig)
+    return config
+
+
+def _resolved(composed: DictConfig) -> Any:
+    config: Any = OmegaConf.to_object(composed)
     problems = unknown_fields(config)
     problems += [
         line for slot in slots(dataclasses.asdict(config)) for line in slot_problems(*slot)

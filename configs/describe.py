@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from omegaconf import MISSING
 
 from configs import schema
 from configs.rules import bounds_text
+from configs.sweep_schema import GROUPS, SweepConfig
 
 FOLDER = Path(__file__).parent
 EXAMPLES = (
@@ -41,6 +43,23 @@ EXAMPLES = (
         "torchrun --nproc-per-node 2 -m {train} -m {quickstart} balance=auto,none seed=0,1",
     ),
     ("Show the configuration without training", "python -m {train} {quickstart} --cfg job"),
+)
+
+SWEEP_EXAMPLES = (
+    (
+        "Compare placements and planners on made-up routing, without any file",
+        "python -m placement.sweep -m placement=contiguous,random,load,affinity planner=home,quota",
+    ),
+    (
+        "On the routing of a run of your own (train.record_routing_every=10)",
+        "python -m placement.sweep -m trace=runs/quickstart/routing cluster=laptop "
+        "placement=contiguous,ilp planner=home,quota shape.hidden=128 shape.width=128",
+    ),
+    (
+        "What faster links would buy",
+        "python -m placement.sweep -m cluster.inter_gbps=100,200,400,800 "
+        "dispatcher=direct,two_level",
+    ),
 )
 
 
@@ -73,8 +92,8 @@ def examples() -> list[tuple[str, str]]:
 
 def fields(cls: type = schema.Config, prefix: str = "") -> list[Field]:
     """Every value of a schema class and of the classes in it, in the order of the source."""
-    hints = typing.get_type_hints(cls, vars(schema))
-    texts = _field_texts()[cls.__name__]
+    hints = typing.get_type_hints(cls)
+    texts = _field_texts(cls.__module__)[cls.__name__]
     found: list[Field] = []
     for item in dataclasses.fields(cls):
         hint, key = hints[item.name], prefix + item.name
@@ -87,9 +106,9 @@ def fields(cls: type = schema.Config, prefix: str = "") -> list[Field]:
     return found
 
 
-def choices() -> list[Choice]:
-    """Every file of every group, by group and name."""
-    defaults = set(_defaults(FOLDER / "config.yaml", ""))
+def choices(root: str = "config") -> list[Choice]:
+    """Every file of every group, by group and name; the defaults are those of a root file."""
+    defaults = set(_defaults(FOLDER / f"{root}.yaml", ""))
     found = []
     for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
         group = path.parent.relative_to(FOLDER).as_posix()
@@ -123,22 +142,7 @@ def help_text() -> str:
     lines += ["", "EXAMPLES"]
     for what, command in examples():
         lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
-    lines += ["", "GROUPS (GROUP=CHOICE; * is the default)"]
-    group = ""
-    for choice in choices():
-        if choice.group != group:
-            group = choice.group
-            lines += ["", f"  {group}"]
-        mark = "*" if choice.is_default else " "
-        lines.append(f"   {mark}{choice.name:<13} {choice.text}")
-    lines += ["", "VALUES (KEY=VALUE)"]
-    section = ""
-    for field in fields():
-        if field.key.rpartition(".")[0] != section:
-            section = field.key.rpartition(".")[0]
-            lines.append("")
-        about = ", ".join(part for part in (field.type, field.bounds, field.default) if part)
-        lines += [f"  {field.key}  ({about})", *_wrap(field.text, 6)]
+    lines += [*_group_lines(choices()), *_value_lines(fields())]
     lines += [
         "",
         "FLAGS",
@@ -153,6 +157,53 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def sweep_help_text() -> str:
+    """The answer to `python -m placement.sweep --help`."""
+    lines = [
+        "Evenkeel simulates placements and planners on a described cluster.",
+        "",
+        "  python -m placement.sweep [-m] [GROUP=CHOICE | KEY=VALUE] ...",
+    ]
+    lines += ["", "EXAMPLES"]
+    for what, command in SWEEP_EXAMPLES:
+        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    own = [choice for choice in choices("sweep") if choice.group in GROUPS]
+    lines += [*_group_lines(own), *_value_lines(fields(SweepConfig))]
+    lines += [
+        "",
+        "FLAGS",
+        "",
+        "  -m          simulate every combination of the values given as KEY=A,B,C",
+        "  --help      this text",
+        "",
+        "Results: table.csv, table.md, results.jsonl and report.html in dir.",
+        "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def _group_lines(of: list[Choice]) -> list[str]:
+    lines, group = ["", "GROUPS (GROUP=CHOICE; * is the default)"], ""
+    for choice in of:
+        if choice.group != group:
+            group = choice.group
+            lines += ["", f"  {group}"]
+        mark = "*" if choice.is_default else " "
+        lines.append(f"   {mark}{choice.name:<13} {choice.text}")
+    return lines
+
+
+def _value_lines(of: list[Field]) -> list[str]:
+    lines, section = ["", "VALUES (KEY=VALUE)"], ""
+    for field in of:
+        if field.key.rpartition(".")[0] != section:
+            section = field.key.rpartition(".")[0]
+            lines.append("")
+        about = ", ".join(part for part in (field.type, field.bounds, field.default) if part)
+        lines += [f"  {field.key}  ({about})", *_wrap(field.text, 6)]
+    return lines
+
+
 def help_node() -> dict[str, Any]:
     """The node of Hydra's group hydra/help: a template without anything left to fill in."""
     text = help_text().replace("${run.name}", "<run.name>").replace("${run.dir}", "<run.dir>")
@@ -161,10 +212,10 @@ def help_node() -> dict[str, Any]:
 
 
 @cache
-def _field_texts() -> dict[str, dict[str, str]]:
-    """Class -> field -> the string under the field."""
+def _field_texts(module: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> the string under the field, of all classes of a module."""
     texts: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
             continue
         texts[node.name] = {

@@ -15,12 +15,17 @@ from omegaconf.errors import (
 )
 
 from configs.describe import choices, fields
+from configs.schema import Config
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def explain(error: BaseException) -> str:
-    """The message for an error of composition; other errors keep their own words."""
+def explain(error: BaseException, schema: type = Config) -> str:
+    """The message for an error of composition; other errors keep their own words.
+
+    Args:
+        schema: that the configuration was composed into.
+    """
     for link in _chain(error):
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             return _unknown_choice(str(link.missing_cfg_file))
@@ -32,7 +37,7 @@ def explain(error: BaseException) -> str:
         if isinstance(link, (ConfigAttributeError, ConfigKeyError)) and link.full_key:
             return _unknown_key(link)
         if isinstance(link, ValidationError) and link.full_key:
-            return _wrong_value(link)
+            return _wrong_value(link, schema)
         if isinstance(link, OmegaConfBaseException) and link.full_key:
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     return str(error)
@@ -73,10 +78,10 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     return message
 
 
-def _wrong_value(error: ValidationError) -> str:
+def _wrong_value(error: ValidationError, schema: type) -> str:
     key = str(error.full_key)
     value = {None: "null", "": "''"}.get(error.value, error.value)
-    types = {field.key: field.type for field in fields()}
+    types = {field.key: field.type for field in fields(schema)}
     wanted = types.get(key.partition("[")[0])
     if wanted is not None:
         return f"{key} ({value}) must be {' or '.join(_words(wanted.split(' | ')))}"

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from configs.describe import FOLDER, Choice, Field, choices, examples, fields
+from configs.sweep_schema import SweepConfig
 
 PATH = FOLDER.parent / "docs" / "configuration.md"
 HEAD = """\
@@ -51,6 +52,12 @@ without a change here: `'+logger.mine._target_=my_package.MyLogger'`. Arguments 
 its signature before the run starts. `_partial_: true`: the trainer gives the other arguments.
 """
 
+SWEEP = """\
+## Values of `python -m placement.sweep`
+
+Its groups are placement, planner, dispatcher and cluster; its defaults are in configs/sweep.yaml.
+"""
+
 
 def markdown() -> str:
     """The whole page."""
@@ -61,6 +68,8 @@ def markdown() -> str:
     for section, members in groupby(fields(), lambda field: field.key.rpartition(".")[0]):
         title = f"`{section}`" if section else "Top level"
         parts += [f"### {title}\n", _field_table(list(members))]
+    parts.append(SWEEP)
+    parts.append(_field_table(fields(SweepConfig)))
     return "\n".join(parts)
 
 

@@ -15,6 +15,9 @@ from placement.table import ExpertPlacement
 from placement.topology import Topology
 from placement.traffic import check_mode
 
+# Of a pair of rows of one token, against one of one domain: most of what ties a token's rows
+# together ends with the token, and a sequence has many.
+TOKEN_SHARE = 0.25
 Floats = npt.NDArray[np.float64]
 
 
@@ -33,7 +36,8 @@ def problem_of(
     `coherent`, which is left out, and for what two-level dispatch hands on, which is a mean. For
     more choices, what deduplication saves enters by pairs of a token's experts on one rank, as in
     `traffic.distinct` at the mean number of choices. In `batched`, the tendency of sequences to
-    stay on few ranks enters by transitions.
+    stay on few ranks enters by rows of consecutive layers that come together beyond chance, in one
+    token or in one domain; `batches.settled` goes on from there.
 
     Raises:
         ValueError: for shapes that do not fit, counts that do not add up, and limits that no
@@ -48,7 +52,8 @@ def problem_of(
     _check_limits(stats, topology, start, objective)
     shape, mode, choices = objective.shape, objective.mode, max(1, stats.top_k)
     seconds = objective.traffic_weight * journeys(mode) * shape.row_bytes / topology.num_ranks
-    distance_RR = seconds * _hops(topology, objective.two_level)
+    crossing = 1.0 if mode == "coherent" else _crossing_share(stats, topology)
+    distance_RR = seconds * _hops(topology, objective.two_level, crossing)
     pair_LEE = stats.pair_LEE.numpy() / choices
     coactive_LEE = stats.coactive_LEE.numpy() * 2 / choices  # each gathers at the other's rank
     linear_LER, constant = None, 0.0
@@ -59,6 +64,8 @@ def problem_of(
     if mode == "home":
         pair_LEE = np.zeros_like(pair_LEE)
         linear_LER = _from_sources(stats, distance_RR) * kept_L[:, None, None]
+    if mode == "batched":
+        pair_LEE = _together(stats)
     if objective.move_weight:
         move_LER = objective.move_weight * _move_seconds(start, topology, shape)
         linear_LER = move_LER if linear_LER is None else linear_LER + move_LER
@@ -78,14 +85,20 @@ def problem_of(
     return problem, constant
 
 
-def _hops(topology: Topology, two_level: bool) -> Floats:
-    """Seconds per byte from rank to rank, [R, R]; on other nodes with what is handed on there."""
+def _hops(topology: Topology, two_level: bool, crossing: float) -> Floats:
+    """Seconds per byte from rank to rank, [R, R]; on other nodes with what is handed on there.
+
+    Args:
+        crossing: with two levels, how much of the way between nodes a row counts for.
+    """
     hops_RR = 1 / topology.bytes_per_s_RR()
     if two_level:
         per_node = topology.num_ranks // topology.num_nodes
         node_R = np.array(topology.node_of_R)
         handed_on_s = 1 / topology.bytes_per_s_RR()[node_R[:, None] == node_R].min()
-        hops_RR[node_R[:, None] != node_R] += handed_on_s * (per_node - 1) / per_node
+        across_RR = node_R[:, None] != node_R
+        hops_RR[across_RR] *= crossing
+        hops_RR[across_RR] += handed_on_s * (per_node - 1) / per_node
     return hops_RR
 
 
@@ -95,11 +108,49 @@ def _deduplicated(stats: RoutingStats, num_ranks: int) -> tuple[Floats, Floats]:
     The coefficients of `traffic.distinct` for experts that are spread evenly; for other spreads
     they give fewer copies than there are, never more.
     """
-    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
-    pairs_L = stats.coactive_LEE.numpy().sum((1, 2)) / 2
-    most_L = 1 + np.floor(2 * pairs_L / num_ranks / rows_L)
+    most_L = _most(stats, num_ranks)
     crossing = (num_ranks - 1) / num_ranks
     return 2 / (most_L + 1), crossing * 2 / (most_L * (most_L + 1))
+
+
+def _crossing_share(stats: RoutingStats, topology: Topology) -> float:
+    """What one more row of a token on its node saves, against one more on its rank, in copies.
+
+    1 for up to two choices. Where a token has many rows on every node, next to nothing: it comes
+    there anyway.
+    """
+    node_L, rank_L = _most(stats, topology.num_nodes), _most(stats, topology.num_ranks)
+    return float(np.mean(rank_L * (rank_L + 1) / (node_L * (node_L + 1))))
+
+
+def _most(stats: RoutingStats, num_parts: int) -> Floats:
+    """The number around which the rows of a token lie on a part that it visits, [L]."""
+    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
+    pairs_L = stats.coactive_LEE.numpy().sum((1, 2)) / 2
+    return 1 + np.floor(2 * pairs_L / num_parts / rows_L)
+
+
+def _together(stats: RoutingStats) -> Floats:
+    """Pairs of rows of consecutive layers in one token or domain, beyond chance, [L-1, E, E].
+
+    Rows that are merely frequent gain nothing by being together, as every rank has equally many
+    tokens; so chance is taken off. What is added so that nothing is below 0 is the same for all
+    placements.
+    """
+    pair_LEE = stats.pair_LEE.numpy() * TOKEN_SHARE
+    before_LE, after_LE = pair_LEE.sum(2), pair_LEE.sum(1)
+    total_L = np.maximum(before_LE.sum(1), 1e-300)
+    together_LEE = pair_LEE - before_LE[:, :, None] * after_LE[:, None, :] / total_L[:, None, None]
+    domains = stats.by_domain
+    seen_G = domains.tokens_G > 0
+    if seen_G.any():
+        tokens_G = domains.tokens_G[seen_G]
+        rows_GLE = domains.table.toarray()[seen_G].reshape(-1, *stats.load_LE.shape)
+        excess_GLE = rows_GLE - tokens_G[:, None, None] * rows_GLE.sum(0) / tokens_G.sum()
+        mean_GLE = excess_GLE / tokens_G[:, None, None]
+        for layer in range(stats.num_layers - 1):
+            together_LEE[layer] += mean_GLE[:, layer].T @ excess_GLE[:, layer + 1]
+    return together_LEE - together_LEE.min((1, 2), keepdims=True)
 
 
 def _from_sources(stats: RoutingStats, distance_RR: Floats) -> Floats:

@@ -92,7 +92,7 @@ class Topology:
         """Bandwidth of every pair of ranks, float64 [R, R]; infinite from a rank to itself."""
         node_R = np.array(self.node_of_R)
         if self.inter_gbps_NN is None:
-            gbps_RR = np.full((self.num_ranks, self.num_ranks), self.inter_gbps)
+            gbps_RR = np.full((self.num_ranks, self.num_ranks), float(self.inter_gbps))
         else:
             gbps_RR = np.array(self.inter_gbps_NN, dtype=np.float64)[node_R[:, None], node_R]
         gbps_RR[node_R[:, None] == node_R] = self.intra_gbps

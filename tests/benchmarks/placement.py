@@ -6,8 +6,8 @@ Cost of an instance: the share of transitions between consecutive layers that ch
 change of node counts 4. "held out" is the cost of the found placement on other sequences of the
 same model. The gap is certified: no placement is better by more. Times are CPU seconds of one
 process; `--trace` takes recorded routing (.npy or .npz) as one more instance on --nodes x
---ranks-per-node ranks. The last tables: the per-token formulation of ExFlow (arXiv:2401.08383)
-beside ours on the same tokens; load limits; moves after drift.
+--ranks-per-node ranks. The last tables: load limits; moves after drift. ExFlow's own formulation
+is beside ours in exflow_formulation.py.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from placement.exact import is_small, solve_exact
-from placement.search import search
 from rich.console import Console
 from rich.table import Table
 
 from placement.bounds import lower_bound
+from placement.exact import is_small, solve_exact
 from placement.problem import Problem
+from placement.search import search
 from placement.stats import RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.trace import Trace, load_trace
-from tests.benchmarks.exflow_formulation import solve_per_token
 
 NODE_CROSSING = 4.0  # of a transition to another node, in transitions to another rank
 SEQ_LEN = 128
@@ -58,7 +57,6 @@ INSTANCES = [
     Instance("32x64 on 2x4", 32, 64, 2, 4),
     Instance("58x256 on 8x8", 58, 256, 8, 8, 1600),
 ]
-PER_TOKEN = [(2, 4, 2, 60), (3, 4, 2, 100), (2, 8, 2, 100), (2, 8, 4, 100)]  # L, E, R, tokens
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,15 @@ def instances(args: argparse.Namespace) -> list[Found]:
         if args.only and args.only != instance.name:
             continue
         router = SyntheticRouter(instance.layers, instance.experts, args.strength)
-        problems = [
+        problem, other = (
             problem_of_pairs(
                 router.sample(instance.sequences, SEQ_LEN, 1, seed=seed),
                 instance.nodes,
                 instance.ranks_per_node,
             )
             for seed in (1, 2)
-        ]
-        found.append(measure(instance.name, *problems, args.time_limit_s))
+        )
+        found.append(measure(instance.name, problem, other, args.time_limit_s))
     for path in args.trace:
         problem = problem_of_pairs(load_trace(path), args.nodes, args.ranks_per_node)
         found.append(measure(Path(path).stem, problem, None, args.time_limit_s))
@@ -170,41 +168,6 @@ def table_of(found: list[Found]) -> Table:
             f"{row.peak_mb:.0f}",
         )
     return table
-
-
-def per_token(time_limit_s: float) -> tuple[Table, list[dict[str, float | str]]]:
-    """ExFlow's formulation beside ours on the same tokens, wall seconds."""
-    table = Table(title="one variable per token and layer, and ours, on the same tokens")
-    for column in ["instance", "per token: cost", "s", "ours: cost", "s ", "times faster"]:
-        table.add_column(column, justify="right")
-    records: list[dict[str, float | str]] = []
-    for layers, experts, ranks, tokens in PER_TOKEN:
-        trace = SyntheticRouter(layers, experts, "medium").sample(1, tokens, 1)
-        problem = problem_of_pairs(trace, 1, ranks)
-        transitions = tokens * (layers - 1)
-        slow = solve_per_token(
-            trace.ids_TLK[:, :, 0],
-            experts,
-            problem.node_of_R,
-            problem.distance_RR,
-            time_limit_s,
-            "highs",
-        )
-        start = time.perf_counter()
-        ours = solve_exact(problem, time_limit_s=time_limit_s)
-        seconds = time.perf_counter() - start
-        name = f"{layers}x{experts} on {ranks}, {tokens} tokens"
-        proven = "" if slow.proven else " (not proven)"
-        table.add_row(
-            name,
-            f"{slow.objective / transitions:.4f}{proven}",
-            f"{slow.seconds:.2f}",
-            f"{problem.value(ours.home_LE):.4f}",
-            f"{seconds:.3f}",
-            f"{slow.seconds / seconds:,.0f}",
-        )
-        records.append({"name": name, "per_token_s": slow.seconds, "ours_s": seconds})
-    return table, records
 
 
 def limits(args: argparse.Namespace) -> Table:
@@ -270,8 +233,7 @@ def main() -> None:
     console.print(table_of(found))
     records: dict[str, object] = {"instances": [asdict(row) for row in found]}
     if not args.only:
-        table, records["per_token"] = per_token(args.time_limit_s)
-        console.print(table, limits(args), drift(args))
+        console.print(limits(args), drift(args))
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + "\n")
 

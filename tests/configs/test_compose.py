@@ -17,6 +17,10 @@ from configs.schema import Config
 CHOICES = [(choice.group, choice.name) for choice in choices()]
 GIVEN = {  # values that a choice cannot know
     ("placement", "file"): ["placement.path=placement.json"],
+    ("placement", "affinity"): ["placement.stats=stats.npz"],
+    ("placement", "ilp"): ["placement.stats=stats.npz"],
+    ("placement", "load"): ["placement.stats=stats.npz"],
+    ("placement", "moetuner"): ["placement.stats=stats.npz"],
     ("model", "hf"): ["model.source=model"],
     ("data", "datasets"): ["data.sources.datasets.path=corpus"],
     ("data", "indexed"): ["data.sources.indexed.prefix=corpus"],
@@ -61,7 +65,10 @@ def test_every_example_composes(command: str) -> None:
         ("train.step=1", "train.step: no such key; did you mean train.steps?"),
         ("trane.steps=1", "trane: no such key; did you mean train?"),
         ("modle=tiny", "modle: no such key; did you mean model?"),
-        ("train.zzz=1", "train.zzz: no such key; known: activation_checkpointing, batch_size"),
+        (
+            "train.zzz=1",
+            "train.zzz: no such key; known: activation_checkpointing, assign_sequences",
+        ),
         ("+train.stps=1", "train.stps: no such key; did you mean steps?"),
         ("balance.auto.rat=1", "balance.auto.rat: no such key; did you mean balance.auto.rate?"),
         ("model.overrides.zzz=1", "needs a + before it: +model.overrides.zzz=..."),

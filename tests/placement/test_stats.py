@@ -98,6 +98,7 @@ def test_layer_by_layer_is_the_whole_trace() -> None:
     stats = RoutingStats(num_layers=3, num_experts=6, num_ranks=2)
     for start in (0, 20):
         part = trace.take(np.arange(start, min(start + 20, 50) if start == 0 else 50))
+        assert part.source_T is not None
         for layer in range(3):
             stats.observe(
                 layer,

@@ -64,4 +64,4 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trace\.source must be 1 whole numbers"):
         Trace(np.array([[[0]]]), 3, source_T=np.array([0, 1]))
     with pytest.raises(ValueError, match=r"trace\.ids must be whole numbers"):
-        Trace(np.array([[[0.5]]]), 3)  # type: ignore[arg-type]
+        Trace(np.array([[[0.5]]]), 3)
