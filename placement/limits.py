@@ -79,9 +79,9 @@ def spend(part: Part, home_LN: Homes) -> Homes:
         home_LN[layer, [one, other]] = home_LN[layer, [other, one]]
         now_left = part.max_moves - part.moves(home_LN)
         stale = range(max(layer - 1, 0), min(layer + 2, part.num_layers))
-        if now_left < 2 or left<2:
+        if now_left < 2 or left < 2:
             stale = range(part.num_layers)
-        left=now_left
+        left = now_left
     return home_LN
 
 

@@ -65,8 +65,8 @@ def _load_changes(part: Part, layer: int, home_N: Homes) -> Floats:
 
 def _busiest_others(seconds_B: Floats) -> Floats:
     """Seconds of the busiest bin but for any two, [B, B]."""
-    if len(seconds_B) == 2:
-        return np.zeros((2, 2))
+    if len(seconds_B) <= 2:
+        return np.zeros((len(seconds_B), len(seconds_B)))
     third, second, first = np.argsort(seconds_B)[-3:]
     others_BB = np.full((len(seconds_B), len(seconds_B)), seconds_B[first])
     others_BB[first], others_BB[:, first] = seconds_B[second], seconds_B[second]

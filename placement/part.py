@@ -157,7 +157,9 @@ class Part:
             self,
             distance_BB=self.distance_BB[np.ix_(first_n, first_n)],
             linear_LNB=linear_LNnb.min(3),
-            slowness_B=np.array([self.slowness_B[node_B == node].mean() for node in node_B[first_n]])
+            slowness_B=np.array(
+                [self.slowness_B[node_B == node].mean() for node in node_B[first_n]]
+            )
             / size,
             limit_L=self.limit_L * size,
             start_LN=node_B[self.start_LN],

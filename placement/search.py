@@ -20,8 +20,9 @@ from placement.part import Floats, Homes, Part, whole
 from placement.problem import Problem
 from placement.starts import chain, mix, relabel, strands
 
-KICKS = 30  # of a part, per root of its experts in all layers; of one with layers
+KICKS = 24  # of a part, per root of its experts in all layers; of one with layers
 CURVED_KICKS = 10  # that are no linear assignments
+SMALL = 24  # experts; larger parts are kicked as a whole less often, as their kicks cost more
 VISIT = 12  # kicks, at least, of a pair of bins that is visited
 WIDTHS = (2, 4, 8, 16)  # experts per layer of strands
 STRICT = 1000.0  # how much more a row beyond its limit costs in the end
@@ -73,7 +74,9 @@ def search(
     return min(kept, key=problem.value)
 
 
-def with_few_moves(part: Part, node_R: Homes | None, rng: np.random.Generator, home_LE: Homes) -> Homes:
+def with_few_moves(
+    part: Part, node_R: Homes | None, rng: np.random.Generator, home_LE: Homes
+) -> Homes:
     """The best placement within `max_moves` that is found at ever lower prices of a move.
 
     A price makes the moves that are worth most come first.
@@ -176,7 +179,13 @@ def fresh(part: Part, rng: np.random.Generator, restarts: int) -> Homes:
 def refine(part: Part, home_LN: Homes, rng: np.random.Generator, share: float = 1.0) -> None:
     """Kick pairs of bins in place, one pair after another in random order."""
     pairs_Pb = np.array(list(combinations(range(part.num_bins), 2)))
-    kicks = int(share * (KICKS if part.is_linear else CURVED_KICKS) * np.sqrt(part.num_layers * part.num_experts))
+    kicks = int(
+        share
+        * (KICKS if part.is_linear else CURVED_KICKS)
+        * np.sqrt(part.num_layers * part.num_experts)
+    )
+    if part.num_bins > 2:
+        shake(part, home_LN, rng, int(kicks * min(1.0, (SMALL / part.num_experts) ** 2)))
     visits = min(len(pairs_Pb), max(1, kicks // VISIT))
     for pair_b in rng.permutation(pairs_Pb)[:visits]:
         inner, index_Ln = part.restrict(home_LN, pair_b)

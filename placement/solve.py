@@ -26,9 +26,12 @@ class Solution:
     """A placement, what it costs, and how much better any other could be.
 
     Attributes:
-        cost: expected, by `objective.cost`.
+        cost: expected, by `objective.cost`; in `batched` without statistics by domain, as if
+            sequences were dealt out at random.
         value: the objective's weighted seconds; start_value: of `start`. lower_bound: certified,
-            of the value of every placement within the limits.
+            of the value of every placement within the limits. Values leave out what no placement
+            changes, so only their differences count.
+        judged: the objective's weighted seconds of `cost`: what differences are measured against.
         method: "exact" or "search". proven: the placement is optimal. finished: the solver was
             not stopped by the time limit.
         moves: experts that leave their rank in `start`.
@@ -39,6 +42,7 @@ class Solution:
     value: float
     start_value: float
     lower_bound: float
+    judged: float
     method: str
     seconds: float
     proven: bool
@@ -47,11 +51,10 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How far above the bound the value may lie at most, as a share of the value; 0 if
-        proven."""
+        """The share of the judged seconds that any other placement could save at most."""
         if self.proven or self.value <= self.lower_bound:
             return 0.0
-        return (self.value - self.lower_bound) / max(abs(self.value), 1e-300)
+        return (self.value - self.lower_bound) / max(self.judged, 1e-300)
 
     def describe(self) -> str:
         """In one line: moves, what they save, and how much more is possible."""
@@ -60,7 +63,7 @@ class Solution:
         out_of_time = "" if self.finished else ", out of time"
         return (
             f"{self.moves:,} of {self.placement.home_LE.numel():,} experts move and save "
-            f"{saved / max(abs(self.start_value), 1e-300):.1%}; {certificate} ({self.method}, "
+            f"{saved / max(self.judged + saved, 1e-300):.1%}; {certificate} ({self.method}, "
             f"{self.seconds:.1f} s{out_of_time})"
         )
 
@@ -111,20 +114,23 @@ def solve(
         left_s = max(1.0, time_limit_s - (time.monotonic() - started))
         bound = lower_bound(problem, time_limit_s=min(left_s, time_limit_s * BOUND_SHARE))
     found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
+    by_domain = bool(stats.by_domain.tokens_G.sum())
+    expected = cost(
+        found,
+        stats,
+        topology,
+        mode="home" if objective.mode == "batched" and not by_domain else objective.mode,
+        two_level=objective.two_level,
+        shape=objective.shape,
+    )
     value = problem.value(home_LE)
     return Solution(
         placement=found,
-        cost=cost(
-            found,
-            stats,
-            topology,
-            mode=objective.mode,
-            two_level=objective.two_level,
-            shape=objective.shape,
-        ),
+        cost=expected,
         value=value + constant,
         start_value=problem.value(problem.start_LE) + constant,
         lower_bound=min(bound, value) + constant,
+        judged=objective.judge(expected),
         method="exact" if exact else "search",
         seconds=time.monotonic() - started,
         proven=proven,

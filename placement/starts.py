@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from placement.moves import descend, grow, settle
-from placement.part import Floats, Homes, Part
+from placement.part import Homes, Part
 
 TRIES = 30  # of gathering strands
 

@@ -317,7 +317,7 @@ def _certificate(solution: Solution) -> dict[str, Any]:
         "proven": solution.proven,
         "finished": solution.finished,
         # seconds that another placement could save at most, of those expected
-        "gap": (solution.value - solution.lower_bound) / solution.cost.seconds,
+        "gap": solution.gap,
     }
 
 

@@ -73,7 +73,7 @@ def test_every_claim_of_the_readme_names_a_test() -> None:
             assert (ROOT / path).exists(), path
 
 
-def test_every_command_of_the_readme_composes() -> None:
+def test_every_command_of_the_readme_composes(monkeypatch: pytest.MonkeyPatch) -> None:
     from configs.compose import load
     from configs.schema import check
 
@@ -84,6 +84,9 @@ def test_every_command_of_the_readme_composes() -> None:
         overrides = line.partition(" -m trainer.train ")[2].replace("'", "").split()
         if "--help" in line or "`" in line:
             continue
-        check(load(*overrides), 8)
+        ranks = re.search(r"--nproc-per-node (\d+)", line)
+        world = int(ranks[1]) if ranks else 8
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        check(load(*overrides), world)
         found += 1
     assert found >= 2
