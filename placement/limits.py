@@ -52,7 +52,7 @@ def pack(load_N: Floats, num_bins: int) -> Homes:
 
 def prohibitive_price(part: Part) -> float:
     """About the least price of a move at which a descent from the start moves nothing."""
-    low, high = float(LEAST_PRICE), 0.0  # exponents; at the highest, a move costs as much as a layer
+    low, high = float(LEAST_PRICE), 0.0  # exponents; at 0 a move costs as much as a layer
     for _ in range(PRICES):
         exponent = (low + high) / 2
         home_LN = part.start_LN.copy()

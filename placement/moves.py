@@ -94,7 +94,7 @@ def improve(part: Part, layer: int, cost_NB: Floats, home_N: Homes) -> tuple[Hom
     """
     if part.coactive_LNN is None:
         assigned_N = assign(cost_NB)
-        if not part.load_weight and not part.layer_excess(layer, assigned_N):
+        if part.is_linear or not (part.load_weight or part.layer_excess(layer, assigned_N)):
             return assigned_N, gain_of(part, layer, cost_NB, home_N, assigned_N)
     else:
         assigned_N = assign(cost_NB + part.coactive_LNN[layer] @ part.distance_BB[home_N])

@@ -20,13 +20,14 @@ from placement.part import Floats, Homes, Part, whole
 from placement.problem import Problem
 from placement.starts import chain, mix, relabel, strands
 
-KICKS = 24  # of a part, per root of its experts in all layers; of one with layers
+KICKS = 20  # of a part, per root of its experts in all layers; of one with layers
 CURVED_KICKS = 10  # that are no linear assignments
-SMALL = 24  # experts; larger parts are kicked as a whole less often, as their kicks cost more
+SMALL = 16  # experts; larger parts are kicked as a whole less often, as their kicks cost more
 VISIT = 12  # kicks, at least, of a pair of bins that is visited
 WIDTHS = (2, 4, 8, 16)  # experts per layer of strands
 STRICT = 1000.0  # how much more a row beyond its limit costs in the end
-WARM = 0.15  # of the kicks, where a placement is refined that was refined before
+FINAL = 0.4  # of the kicks, for the last refinement
+WARM = 0.2  # of the kicks, where a placement is refined that was refined before
 PRICES = 16  # of a move, at most, from the highest down
 DISCOUNT = 0.6  # from one price to the next, at first
 
@@ -63,7 +64,7 @@ def search(
     else:
         best_LE = even_out(strict, part.start_LN, rng)
         best_LE = with_few_moves(strict, node_R, rng, best_LE)
-    refine(strict, best_LE, rng)
+    refine(strict, best_LE, rng, FINAL)
     found.append(best_LE)
     kept = [home_LE for home_LE in found if not problem.violations(home_LE)]
     if not kept:
