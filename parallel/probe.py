@@ -51,7 +51,8 @@ def measure_topology(
         inter_gbps = _gbps(ring, far, mesh) if across and far else UNUSED_GBPS
     if latency_us is None:
         latency_us = 1e6 * _seconds_of_message(ring, far, 8, mesh) if far else 0.0
-    return Topology(tuple(nodes), intra_gbps, inter_gbps, flops, latency_us)
+    node_of_R = tuple(node - nodes[0] for node in nodes)
+    return Topology(node_of_R, intra_gbps, inter_gbps, flops, latency_us)
 
 
 def describe_topology(topology: Topology, bytes_per_parameter: float) -> str:

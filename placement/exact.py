@@ -87,12 +87,15 @@ def solve_exact(
     program.begin(start_LE)
     building_s = time.monotonic() - started
     bound = minimise(program.lp, name, max(1.0, time_limit_s * PROGRAM_SHARE - building_s))
-    if program.lp.status == pulp.LpStatusInfeasible:
+    stopped = program.lp.status == pulp.LpStatusInfeasible  # CBC says so when time is short, too
+    if stopped and problem.violations(start_LE):
         raise ValueError(
             f"max_load_ratio ({problem.max_load_ratio}) and max_moves ({problem.max_moves}) leave "
             "no placement; raise one of them"
         )
-    home_LE = _better(problem, start_LE, program.placement())
+    if stopped:
+        bound = -np.inf
+    home_LE = start_LE if stopped else _better(problem, start_LE, program.placement())
     bound = program.constant + program.unit * bound - TOLERANCE * program.scale
     value = problem.value(home_LE)
     proven = value <= bound + 2 * TOLERANCE * program.scale and not problem.violations(home_LE)
