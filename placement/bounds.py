@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment, linprog
 
-from placement.cliques import Cliques, cliques_of
-from placement.levels import Level, levels, ultrametric
 from placement.problem import Problem
-from placement.relaxation import relax
+from placement.solvers.cliques import Cliques, cliques_of
+from placement.solvers.levels import Level, levels, ultrametric
+from placement.solvers.relaxation import relax
 
 Floats = npt.NDArray[np.float64]
 SAFETY = 1e-9  # of all costs together, for rounding

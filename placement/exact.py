@@ -16,9 +16,9 @@ import numpy as np
 import pulp
 
 from placement.bounds import lower_bound
-from placement.partitions import OPERATIONS_PER_SECOND, operations, viterbi
 from placement.problem import Problem
-from placement.program import Program, num_products
+from placement.solvers.partitions import OPERATIONS_PER_SECOND, operations, viterbi
+from placement.solvers.program import Program, num_products
 
 SOLVERS = ("auto", "highs", "cbc")
 MOST_PRODUCTS = 300_000  # PuLP then takes about a minute to build the program

@@ -3,7 +3,7 @@
 Layers form a chain: given its neighbours, a layer is put in place exactly. Ranks are taken in
 parts: nodes first, then the ranks of every node, then pairs of ranks.
 
-L MoE layers, E experts, R ranks; N experts in B bins of a part (`placement.part`).
+L MoE layers, E experts, R ranks; N experts in B bins of a part (`placement.solvers.part`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from itertools import combinations
 
 import numpy as np
 
-from placement.limits import even_out, prohibitive_price, spend
-from placement.moves import TOLERANCE, assign, descend, shake
-from placement.part import Floats, Homes, Part, whole
 from placement.problem import Problem
-from placement.starts import chain, mix, relabel, strands
+from placement.solvers.limits import even_out, prohibitive_price, spend
+from placement.solvers.moves import TOLERANCE, assign, descend, shake
+from placement.solvers.part import Floats, Homes, Part, whole
+from placement.solvers.starts import chain, mix, relabel, strands
 
 KICKS = 20  # of a part, per root of its experts in all layers; of one with layers
 CURVED_KICKS = 10  # that are no linear assignments

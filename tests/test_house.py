@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configs": set(),
     "trainer": {"placement", "parallel", "configs"},
 }
-MAY_COMPOSE = "placement/sweep*.py"  # an entry, like trainer/train.py
+MAY_COMPOSE = "placement/sweep/*.py"  # an entry, like trainer/train.py
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from placement.exact import ExactResult, installed_solver, minimise, solve_exact
-from placement.levels import levels, ultrametric
 from placement.problem import Problem
+from placement.solvers.levels import levels, ultrametric
 
 INSTANCES = [  # layers, experts, nodes, ranks of a node, tokens
     (2, 8, 1, 2, 200),

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.bounds import lower_bound
-from placement.cliques import cliques_of
 from placement.exact import solve_exact
-from placement.levels import levels, ultrametric
-from placement.partitions import viterbi
 from placement.problem import Problem
-from placement.relaxation import Iteration
+from placement.solvers.cliques import cliques_of
+from placement.solvers.levels import levels, ultrametric
+from placement.solvers.partitions import viterbi
+from placement.solvers.relaxation import Iteration
 from tests.placement.problems import brute_force, distances, plain, problems, traffic
 
 RNG = np.random.default_rng(0)

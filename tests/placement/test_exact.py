@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from placement.exact import installed_solver, is_small, solve_exact
-from placement.partitions import operations, viterbi
 from placement.problem import Problem
-from placement.program import savings
-from placement.symmetry import symmetry
+from placement.solvers.partitions import operations, viterbi
+from placement.solvers.program import savings
+from placement.solvers.symmetry import symmetry
 from tests.placement.problems import all_placements, brute_force, distances, plain, problems
 from tests.placement.problems import traffic as transitions
 

@@ -19,13 +19,13 @@ import torch
 
 from configs.compose import composed_cell, to_cell
 from parallel.planners import Quota
-from placement import sweep
 from placement.objective import ExpertShape
 from placement.simulate import simulate_trace
 from placement.stats import RoutingStats
-from placement.sweep import cells_of, main, read
-from placement.sweep_cell import fitted, load_routing, read_trace, topology_of, write
-from placement.sweep_table import note
+from placement.sweep import run as sweep
+from placement.sweep.cell import fitted, load_routing, read_trace, topology_of, write
+from placement.sweep.run import cells_of, main, read
+from placement.sweep.table import note
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
 from placement.trace import Trace

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from placement.sweep import cells_of
-from placement.sweep_cell import failure, place, result_of, shape_of, simulate, topology_of
-from placement.sweep_cell import load_routing as routing_of
-from placement.sweep_page import write_page
-from placement.sweep_table import Known
+from placement.sweep.cell import failure, place, result_of, shape_of, simulate, topology_of
+from placement.sweep.cell import load_routing as routing_of
+from placement.sweep.page import write_page
+from placement.sweep.run import cells_of
+from placement.sweep.table import Known
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)

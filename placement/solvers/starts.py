@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from placement.moves import descend, grow, settle
-from placement.part import Homes, Part
+from placement.solvers.moves import descend, grow, settle
+from placement.solvers.part import Homes, Part
 
 TRIES = 30  # of gathering strands
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.problem import Problem
-from placement.symmetry import symmetry
+from placement.solvers.symmetry import symmetry
 
 Floats = npt.NDArray[np.float64]
 MOST_PARTITIONS = 50_000  # which also keeps R ** E, with more than one rank, within an integer

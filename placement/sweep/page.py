@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from placement.sweep_cell import Cell, shape_of
-from placement.sweep_plots import Tips, detail, pareto, times
-from placement.sweep_table import COLUMNS, Known, figures, names, note
+from placement.sweep.cell import Cell, shape_of
+from placement.sweep.plots import Tips, detail, pareto, times
+from placement.sweep.table import COLUMNS, Known, figures, names, note
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_BARS, MAX_DETAILS = 24, 40  # the fastest of a cluster, of all; the table has all cells

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from placement.cliques import Cliques
-from placement.triangles import Triangles
+from placement.solvers.cliques import Cliques
+from placement.solvers.triangles import Triangles
 
 Floats = npt.NDArray[Any]  # of floating-point numbers, single or double
 ASCENTS = 12  # sweeps over the duals of a transportation problem

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from placement.part import Floats, Homes, Part
+from placement.solvers.part import Floats, Homes, Part
 
 TOLERANCE = 1e-10  # of a part's scale: no gain
 PATIENCE = 0.02  # of a part's scale: the loss that the first of many kicks may leave

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.sweep_schema import GROUPS
-from placement.sweep_cell import Cell
+from placement.sweep.cell import Cell
 
 Known = Sequence[tuple[Cell, dict[str, Any]]]  # cells and their records
 

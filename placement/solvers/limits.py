@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from placement.moves import TOLERANCE, descend, settle, swap_changes
-from placement.part import Floats, Homes, Part
+from placement.solvers.moves import TOLERANCE, descend, settle, swap_changes
+from placement.solvers.part import Floats, Homes, Part
 
 TRIES = 200  # of packing a layer
 JITTER = 0.5  # of loads that are packed

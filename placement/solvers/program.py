@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pulp
 
-from placement.levels import levels, ultrametric
 from placement.problem import Problem
-from placement.symmetry import symmetry
+from placement.solvers.levels import levels, ultrametric
+from placement.solvers.symmetry import symmetry
 
 Term = tuple[pulp.LpVariable, float]
 At = tuple[int, int]  # layer and expert

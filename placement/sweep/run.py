@@ -32,9 +32,9 @@ from configs.compose import composed_cell, to_cell
 from configs.describe import choices, sweep_help_text
 from configs.errors import COMPOSE_ERRORS, did_you_mean, explain
 from configs.sweep_schema import GROUPS, SweepConfig, check_sweep
-from placement.sweep_cell import FORMAT, Cell, failure, run_group, write
-from placement.sweep_page import write_page
-from placement.sweep_table import print_table, write_tables
+from placement.sweep.cell import FORMAT, Cell, failure, run_group, write
+from placement.sweep.page import write_page
+from placement.sweep.table import print_table, write_tables
 
 EXIT_CONFIG, EXIT_RUN, EXIT_STOPPED = 2, 1, 130
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -123,7 +123,7 @@ def run(cells: Sequence[Cell], folder: Path, n_jobs: int, console: Console) -> N
         console.print(f"{kept} of {len(cells)} cells are finished already, in {folder}")
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["placement.sweep_cell"])
+    processes.set_forkserver_preload(["placement.sweep.cell"])
     running: dict[int, tuple[BaseProcess, list[Cell]]] = {}
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -249,7 +249,3 @@ def _digest(content: Any) -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
