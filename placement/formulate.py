@@ -155,9 +155,7 @@ def _together(stats: RoutingStats) -> Floats:
 
 def _from_sources(stats: RoutingStats, distance_RR: Floats) -> Floats:
     """Cost of every expert on every rank, for its rows from their source ranks, [L, E, R]."""
-    source_LRE, num_ranks = stats.source_LRE.numpy(), len(distance_RR)
-    if stats.num_ranks != num_ranks:
-        source_LRE = np.repeat(stats.load_LE.numpy()[:, None] / num_ranks, num_ranks, axis=1)
+    source_LRE = stats.sources(len(distance_RR)).numpy()
     return np.einsum("lse,sr->ler", source_LRE, distance_RR)
 
 

@@ -50,6 +50,11 @@ class Solution:
     moves: int
 
     @property
+    def saved(self) -> float:
+        """Weighted seconds by which the placement is better than `start`."""
+        return self.start_value - self.value
+
+    @property
     def gap(self) -> float:
         """The share of the judged seconds that any other placement could save at most."""
         if self.proven or self.value <= self.lower_bound:
@@ -58,13 +63,12 @@ class Solution:
 
     def describe(self) -> str:
         """In one line: moves, what they save, and how much more is possible."""
-        saved = self.start_value - self.value
         certificate = "proven optimal" if self.proven else f"at most {self.gap:.1%} from optimal"
+        share = self.saved / max(self.judged + self.saved, 1e-300)
         out_of_time = "" if self.finished else ", out of time"
         return (
             f"{self.moves:,} of {self.placement.home_LE.numel():,} experts move and save "
-            f"{saved / max(self.judged + saved, 1e-300):.1%}; {certificate} ({self.method}, "
-            f"{self.seconds:.1f} s{out_of_time})"
+            f"{share:.1%}; {certificate} ({self.method}, {self.seconds:.1f} s{out_of_time})"
         )
 
 

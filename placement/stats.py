@@ -181,13 +181,18 @@ class RoutingStats:
             getattr(self, name).decay(factor)
         self.tokens *= factor
 
+    def sources(self, num_ranks: int) -> Tensor:
+        """Rows per source rank and expert, float64 [L, R, E]; evenly if recorded on others."""
+        if num_ranks == self.num_ranks:
+            return self.source_LRE
+        return (self.load_LE[:, None] / num_ranks).repeat(1, num_ranks, 1)
+
     def with_sources(self, num_ranks: int) -> RoutingStats:
-        """A copy whose rows come evenly from another number of ranks."""
+        """A copy whose rows come from so many ranks, as in `sources`."""
         other = RoutingStats(self.num_layers, self.num_experts, num_ranks)
         for name in COUNTS:
-            if name != "source_LRE":
-                getattr(other, name).copy_(getattr(self, name))
-        other.source_LRE += self.load_LE[:, None] / num_ranks
+            counts = self.sources(num_ranks) if name == "source_LRE" else getattr(self, name)
+            getattr(other, name).copy_(counts)
         for name in KINDS:
             getattr(other, name).add(getattr(self, name))
         other.tokens, other.top_k = self.tokens, self.top_k

@@ -158,11 +158,9 @@ def sends_of_stats(
     check_mode(mode, topology, two_level)
     home_LE, num_ranks = placement.home_LE.numpy(), placement.num_ranks
     at_home_LER = home_LE[:, :, None] == np.arange(num_ranks)
-    source_LRE = stats.source_LRE.numpy()
+    source_LRE = stats.sources(num_ranks).numpy()
     if mode == "batched":
         source_LRE = batched_sources(stats, home_LE, num_ranks)
-    elif stats.num_ranks != num_ranks:  # recorded on another number of ranks: evenly
-        source_LRE = np.repeat(stats.load_LE.numpy()[:, None] / num_ranks, num_ranks, axis=1)
     coactive_LEE, choices = stats.coactive_LEE.numpy(), max(1, stats.top_k)
     sends_LRR = np.zeros((stats.num_layers, num_ranks, num_ranks))
     for layer in range(stats.num_layers):

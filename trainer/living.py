@@ -51,11 +51,11 @@ def first_placement(
 
 
 def where_it_was(
-    resume: Path, configured: ExpertPlacement, mesh: ParallelMesh, rank_zero: RankZeroFirst
+    resume: Path, configured: ExpertPlacement, rank_zero: RankZeroFirst
 ) -> ExpertPlacement:
     """The placement that a run with relocation had when it was saved; another EP size begins as
     configured."""
-    saved = rank_zero.value(placement_of(resume) if mesh.rank == 0 else None)
+    saved = rank_zero.result(lambda: placement_of(resume))
     return saved if saved.num_ranks == configured.num_ranks else configured
 
 
@@ -111,7 +111,8 @@ def living_placement(
         decay=stats.decay,
     )
     if stats.path is not None:
-        recorder.start_from(Path(stats.path))
+        path = Path(stats.path)
+        rank_zero.result(lambda: recorder.start_from(path))
     relocator, assigner = None, None
     if topology is not None and relocate.every:
         relocator = Relocator(

@@ -154,13 +154,13 @@ class Relocator:
             time_limit_s=self.time_limit_s,
             seed=self.seed,
         )
-        pays = solution.value < solution.start_value * (1 - LEAST_GAIN)
+        pays = solution.saved > LEAST_GAIN * solution.judged
         return solution if pays and solution.moves else None
 
     def describe(self, solution: Solution, stats: RoutingStats) -> str:
         """A relocation in one line: how many experts move and what is expected of it."""
         steps = max(1.0, stats.tokens / self.tokens_per_step)
-        saved_ms = 1e3 * (solution.start_value - solution.value) / steps
+        saved_ms = 1e3 * solution.saved / steps
         return f"placement: {solution.describe()}: {saved_ms:.3g} ms per step"
 
 
@@ -195,21 +195,31 @@ class LivingPlacement:
 
         Sequences are assigned by it from the next batch on.
         """
-        stats, answer, why = self.recorder.merged(), None, ""
-        if stats is not None:
-            solution = self.relocator.better(stats, current) if self.relocator else None
-            placement = solution.placement if solution else current
-            if solution is not None and self.relocator is not None:
-                why = self.relocator.describe(solution, stats)
-            rows_VR = None
-            if self.assigner is not None:
-                home_LE = placement.home_LE.numpy()
-                rows_VR = stats.by_token.rows_per_rank(home_LE, placement.num_ranks)
-            answer = placement, rows_VR
-        placement, rows_VR = self.rank_zero.value(answer)
-        if self.assigner is not None and len(rows_VR):
-            self.assigner.update(rows_VR)
+        stats, placement, why = self.recorder.merged(), current, ""
+        if stats is not None and self.relocator is not None:
+            solution = self.relocator.better(stats, current)
+            if solution is not None:
+                placement, why = solution.placement, self.relocator.describe(solution, stats)
+        placement = self.rank_zero.value(placement)
+        self._assign_by(stats, placement)
         return placement, why
+
+    def begin(self, current: ExpertPlacement) -> None:
+        """Assign sequences by the statistics that the run begins with, if any. A collective."""
+        if self.assigner is not None:
+            self._assign_by(self.recorder.merged(), current)
+
+    def _assign_by(self, stats: RoutingStats | None, placement: ExpertPlacement) -> None:
+        """Give all ranks the rows to expect of every token id. Args: stats: on rank 0."""
+        if self.assigner is None:
+            return
+        rows_VR = None
+        if stats is not None:
+            home_LE = placement.home_LE.numpy()
+            rows_VR = stats.by_token.rows_per_rank(home_LE, placement.num_ranks)
+        rows_VR = self.rank_zero.value(rows_VR)
+        if len(rows_VR):
+            self.assigner.update(rows_VR)
 
     def save(self, step: int, keep: int) -> None:
         """Write the statistics of all ranks for a checkpoint, and drop the oldest. A collective."""
@@ -220,9 +230,17 @@ class LivingPlacement:
                 old.unlink()
 
     def restore(self, step: int) -> None:
-        """Go on from the statistics that were saved with a checkpoint, if they were."""
-        if self._path(step).exists():
-            self.recorder.start_from(self._path(step))
+        """Go on from the statistics that were saved with a checkpoint, if they were.
+
+        Raises:
+            ValueError: on every rank, if they are not readable or of another model.
+        """
+
+        def read() -> None:
+            if self._path(step).exists():
+                self.recorder.start_from(self._path(step))
+
+        self.rank_zero.result(read)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08}.npz"

@@ -106,7 +106,7 @@ def _run(config: Config) -> None:
     sizes = len(experts), num_experts, ep
     placement = first_placement(placer, sizes, topology, expert_shape(config, shape), rank_zero)
     if resume is not None and config.relocate.every:
-        placement = where_it_was(resume, placement, mesh, rank_zero)
+        placement = where_it_was(resume, placement, rank_zero)
     model = build_model(
         model_config,
         mesh,

@@ -117,6 +117,8 @@ class Trainer:
         """Train to the end of the run, or until it is told to stop; then save."""
         train = self.config.train
         started, first_step = time.monotonic(), self.progress.step
+        if self.living is not None:
+            self.living.begin(self.placement)
         with self._signals():
             while self.progress.step < train.steps and not self._must_stop(started):
                 start = time.monotonic()

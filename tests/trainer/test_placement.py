@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parallel.mesh import ParallelMesh
-from placement.objective import AFFINITY, ExpertShape
+from placement.objective import AFFINITY, ExpertShape, Objective
 from placement.stats import COUNTS, RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
@@ -19,8 +19,10 @@ from placement.topology import Topology
 from placement.trace import Trace, joined, load_trace
 from tests.ranks import run_ranks
 from tests.trainer.test_run import corpus, metrics, train
+from trainer.assign import SequenceAssigner
 from trainer.checkpoint_files import placement_of
-from trainer.placement import Recorder, Relocator
+from trainer.placement import LivingPlacement, Recorder, Relocator
+from trainer.ranks import RankZeroFirst
 
 LAYERS, EXPERTS, SEQUENCES, SEQ_LEN = 2, 8, 3, 5
 
@@ -153,3 +155,57 @@ def test_a_run_whose_experts_move_is_the_same_run(tmp_path: Path) -> None:
     trace = load_trace(tmp_path / "moving/routing/step-00000006.npz")
     assert trace.num_tokens == 8 * 32 and trace.token_T is not None and trace.domain_T is not None
     assert trace.sequence_T is not None and len(set(trace.sequence_T.tolist())) == 8
+
+
+def _assigns(folder: str) -> tuple[bool, bool, str]:
+    """Whether sequences are assigned before and after a run begins, and with an empty start."""
+    mesh, rank_zero = ParallelMesh.build(ep=2), RankZeroFirst()
+    dataset: Any = SimpleNamespace(batch=lambda ids: {"input_ids": torch.tensor(ids)[:, None]})
+    topology = Topology.even(1, 2, intra_gbps=8.0, inter_gbps=8.0, flops=1e9)
+    recorder = Recorder(mesh, 1, 2, by_token=True)
+    assigner = SequenceAssigner(dataset, mesh, topology)
+    living = LivingPlacement(recorder, rank_zero, Path(folder), 1, 0, None, assigner)
+    placement = ExpertPlacement.contiguous(1, 2, 2)
+    living.begin(placement)
+    before = assigner.order([1, 1, 0, 0]) == [0, 0, 1, 1]
+    stats = RoutingStats(1, 2, 2)
+    stats.observe(0, torch.tensor([[0], [1]]), token_T=torch.tensor([0, 1]))
+    if mesh.rank == 0:
+        stats.save(Path(folder) / "step-00000003.npz")
+        (Path(folder) / "step-00000004.npz").write_bytes(b"torn")
+    rank_zero.wait()
+    living.restore(3)
+    living.begin(placement)
+    after = assigner.order([1, 1, 0, 0]) == [0, 0, 1, 1]
+    try:
+        living.restore(4)
+    except ValueError as error:
+        return before, after, str(error)
+    return before, after, ""
+
+
+def test_sequences_are_assigned_from_the_first_batch_on(tmp_path: Path) -> None:
+    """Token id v chooses expert v, which lives on rank v; torn statistics end all ranks."""
+    for before, after, error in run_ranks(_assigns, 2, str(tmp_path)):
+        assert (before, after) == (False, True)
+        assert "step-00000004.npz: not a readable statistics file" in error
+
+
+@pytest.mark.parametrize(("saved", "moves"), [(0.0, False), (1e-6, True)])
+def test_values_below_zero_pay_like_others(
+    monkeypatch: pytest.MonkeyPatch, saved: float, moves: bool
+) -> None:
+    """What deduplication saves may make them so; a placement as good as the current one stays."""
+    found: Any = SimpleNamespace(value=-5.0 - saved, saved=saved, judged=2.0, moves=3)
+    monkeypatch.setattr("trainer.placement.solve", lambda *args, **settings: found)
+    relocator = Relocator(
+        Topology.even(1, 2, intra_gbps=8.0, inter_gbps=8.0, flops=1e9),
+        Objective(),
+        tokens_per_step=1,
+        pays_within=None,
+        max_moves=None,
+        time_limit_s=1,
+        seed=0,
+    )
+    current = ExpertPlacement.contiguous(1, 2, 2)
+    assert (relocator.better(RoutingStats(1, 2), current) is found) == moves
