@@ -21,7 +21,7 @@ from placement.solvers.partitions import OPERATIONS_PER_SECOND, operations, vite
 from placement.solvers.program import Program, num_products
 
 SOLVERS = ("auto", "highs", "cbc")
-MOST_PRODUCTS = 300_000  # PuLP then takes about a minute to build the program
+PRODUCTS_PER_SECOND = 5_000  # of the time limit: building them takes a fifth of it
 SMALL_S, SMALL_PRODUCTS = 5.0, 5_000
 PROGRAM_SHARE = 0.75  # of the time, for the program; what is left for a bound if it is not solved
 CBC_DIGITS = 1e-3  # to which CBC prints its bound
@@ -64,11 +64,11 @@ def solve_exact(
         start_LE: a placement to begin with, by default the problem's.
         solver: of the integer program, `highs` or `cbc`; `auto` is dynamic programming where it
             fits the time, else HiGHS, or CBC where HiGHS is not installed.
-        time_limit_s: of wall time; building the integer program counts, but is not cut short.
+        time_limit_s: of wall time.
 
     Raises:
         ValueError: for limits that no placement meets, a solver that is unknown or not installed,
-            and a problem too large for the integer program.
+            and a problem too large for the integer program in that time.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver ({solver!r}) must be one of {', '.join(SOLVERS)}")
@@ -76,10 +76,12 @@ def solve_exact(
     if solver == "auto" and operations(problem) <= time_limit_s * OPERATIONS_PER_SECOND:
         home_LE = viterbi(problem)
         return ExactResult(home_LE, problem.value(home_LE), True, time.monotonic() - started)
-    if num_products(problem) > MOST_PRODUCTS:
+    products = num_products(problem)
+    if products > max(SMALL_PRODUCTS, PRODUCTS_PER_SECOND * time_limit_s):
         raise ValueError(
-            f"the integer program would have {num_products(problem):,} products, more than "
-            f"{MOST_PRODUCTS:,}; use method 'search'"
+            f"the integer program would have {products:,} products, too many for time_limit_s "
+            f"({time_limit_s:g}); use method 'search', or at least "
+            f"{products / PRODUCTS_PER_SECOND:.0f} s"
         )
     name = installed_solver(solver)
     start_LE = problem.start_LE if start_LE is None else start_LE
