@@ -20,7 +20,7 @@ from placement.solvers.moves import TOLERANCE, assign, descend, shake
 from placement.solvers.part import Floats, Homes, Part, whole
 from placement.solvers.starts import chain, mix, relabel, strands
 
-KICKS = 20  # of a part, per root of its experts in all layers; of one with layers
+KICKS = 12  # of a part, per root of its experts in all layers; of one with layers
 CURVED_KICKS = 10  # that are no linear assignments
 SMALL = 16  # experts; larger parts are kicked as a whole less often, as their kicks cost more
 VISIT = 12  # kicks, at least, of a pair of bins that is visited
@@ -33,7 +33,7 @@ DISCOUNT = 0.6  # from one price to the next, at first
 
 
 def search(
-    problem: Problem, *, seed: int = 0, restarts: int = 12, time_limit_s: float = 60.0
+    problem: Problem, *, seed: int = 0, restarts: int = 10, time_limit_s: float = 60.0
 ) -> Homes:
     """A placement that costs no more than `problem.start_LE` and keeps the limits, int64 [L, E].
 
