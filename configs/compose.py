@@ -1,4 +1,4 @@
-"""From the command line to one checked `Config` or `SweepConfig`, and back to YAML."""
+"""From the command line to one checked configuration, and back to YAML."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from configs.errors import did_you_mean
 from configs.schema import Config
 from configs.slots import slot_problems, slots
 from configs.sweep_schema import GROUPS, SweepConfig
+from configs.upcycle_schema import UpcycleConfig
 
 MAX_FOLDER_NAME = 120
 
@@ -28,6 +29,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="sweep_schema", node=SweepConfig)
+    store.store(name="upcycle_schema", node=UpcycleConfig)
     store.store(group="hydra/help", name="evenkeel", node=help_node())
     OmegaConf.register_new_resolver("sweep_job", sweep_job, replace=True)
     OmegaConf.register_new_resolver("per_rank", per_rank, replace=True)
@@ -87,6 +89,22 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+def load_upcycle(*overrides: str) -> UpcycleConfig:
+    """The configuration of a conversion that these overrides of the command line give.
+
+    Raises:
+        HydraException, OmegaConfBaseException: `explain` of configs/errors.py words them.
+        ValueError: for missing values and for slots that do not fit their target.
+    """
+    register()
+    with initialize_config_module("configs", version_base="1.3"):
+        composition = compose("upcycle", list(overrides))
+    _refuse_missing(composition)
+    config = _resolved(composition)
+    assert isinstance(config, UpcycleConfig)
+    return config
+
+
 def to_cell(composed: DictConfig) -> SweepConfig:
     """Resolve a composed cell of a sweep into dataclasses and check its slots.
 
@@ -98,15 +116,19 @@ def to_cell(composed: DictConfig) -> SweepConfig:
     missing = sorted(OmegaConf.missing_keys(composed))
     if "placement.stats" in missing:
         composed.placement.stats = None
-        missing.remove("placement.stats")
+    _refuse_missing(composed)
+    config = _resolved(composed)
+    assert isinstance(config, SweepConfig)
+    return config
+
+
+def _refuse_missing(composed: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ValueError(
             f"missing values: {', '.join(missing)}; give them on the command line "
             f"({missing[0]}=...)"
         )
-    config = _resolved(composed)
-    assert isinstance(config, SweepConfig)
-    return config
 
 
 def _resolved(composed: DictConfig) -> Any:

@@ -21,6 +21,7 @@ from omegaconf import MISSING
 from configs import schema
 from configs.rules import bounds_text
 from configs.sweep_schema import GROUPS, SweepConfig
+from configs.upcycle_schema import UPCYCLE_GROUPS, UpcycleConfig
 
 FOLDER = Path(__file__).parent
 EXAMPLES = (
@@ -60,6 +61,24 @@ SWEEP_EXAMPLES = (
         "python -m placement.sweep -m cluster.inter_gbps=100,200,400,800 "
         "dispatcher=direct,two_level",
     ),
+)
+
+UPCYCLE_EXAMPLES = (
+    (
+        "Eight copies of the FFN, two per token",
+        "python -m trainer.upcycle source=Qwen/Qwen3-0.6B target_dir=qwen3-8x recipe=copy",
+    ),
+    (
+        "64 fine-grained experts, the plan alone",
+        "python -m trainer.upcycle source=Qwen/Qwen3-0.6B target_dir=qwen3-64x recipe=split "
+        "recipe.num_experts=64 recipe.top_k=8 recipe.granularity=8 dry_run=true",
+    ),
+    (
+        "Sigmoid routing with whole groups and a selection bias",
+        "python -m trainer.upcycle source=Qwen/Qwen3-0.6B target_dir=glm-64x recipe=split "
+        "target=glm4_moe routing=sigmoid",
+    ),
+    ("Check a result again", "python -m trainer.upcycle verify qwen3-8x"),
 )
 
 
@@ -107,11 +126,13 @@ def fields(cls: type = schema.Config, prefix: str = "") -> list[Field]:
 
 
 def choices(root: str = "config") -> list[Choice]:
-    """Every file of every group, by group and name; the defaults are those of a root file."""
+    """Every file of the groups of a root file, by group and name."""
     defaults = set(_defaults(FOLDER / f"{root}.yaml", ""))
     found = []
     for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
         group = path.parent.relative_to(FOLDER).as_posix()
+        if (group in UPCYCLE_GROUPS) != (root == "upcycle"):
+            continue
         is_default = (group, path.stem) in defaults
         found.append(Choice(group, path.stem, _first_comment(path), is_default))
     return found
@@ -177,6 +198,26 @@ def sweep_help_text() -> str:
         "  --help      this text",
         "",
         "Results: table.csv, table.md, results.jsonl and report.html in dir.",
+        "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def upcycle_help_text() -> str:
+    """The answer to `python -m trainer.upcycle --help`."""
+    lines = [
+        "Evenkeel turns dense checkpoints into mixture-of-experts models.",
+        "",
+        "  python -m trainer.upcycle [GROUP=CHOICE | KEY=VALUE] ...",
+        "  python -m trainer.upcycle verify DIR",
+    ]
+    lines += ["", "EXAMPLES"]
+    for what, command in UPCYCLE_EXAMPLES:
+        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    lines += [*_group_lines(choices("upcycle")), *_value_lines(fields(UpcycleConfig))]
+    lines += [
+        "",
+        "A conversion that was stopped goes on when the same command is run again.",
         "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from configs.describe import FOLDER, Choice, Field, choices, examples, fields
 from configs.sweep_schema import SweepConfig
+from configs.upcycle_schema import UpcycleConfig
 
 PATH = FOLDER.parent / "docs" / "configuration.md"
 HEAD = """\
@@ -58,6 +59,12 @@ SWEEP = """\
 Its groups are placement, planner, dispatcher and cluster; its defaults are in configs/sweep.yaml.
 """
 
+UPCYCLE = """\
+## Groups and values of `python -m trainer.upcycle`
+
+Its defaults are in configs/upcycle.yaml.
+"""
+
 
 def markdown() -> str:
     """The whole page."""
@@ -70,6 +77,7 @@ def markdown() -> str:
         parts += [f"### {title}\n", _field_table(list(members))]
     parts.append(SWEEP)
     parts.append(_field_table(fields(SweepConfig)))
+    parts += [UPCYCLE, _choice_table(choices("upcycle")), _field_table(fields(UpcycleConfig))]
     return "\n".join(parts)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from configs.schema import Config
     from configs.sweep_schema import SweepConfig
+    from configs.upcycle_schema import UpcycleConfig
 
 AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -54,11 +55,13 @@ AT_LEAST: dict[str, float] = {
     "shape.hidden": 1,
     "shape.width": 1,
     "shape.bytes_per_value": 1,
+    "gpus": 1,
     "cluster.num_nodes": 1,
     "cluster.ranks_per_node": 1,
     "cluster.latency_us": 0,
 }
 ABOVE: dict[str, float] = {
+    "max_shard_gb": 0,
     "mesh.timeout_s": 0,
     "train.stop_after_s": 0,
     "stats.decay": 0,
@@ -133,7 +136,7 @@ def bounds_text(key: str) -> str:
     return ", ".join(f"{sign} {table[key]}" for sign, table in tables if key in table)
 
 
-def out_of_bounds(config: Config | SweepConfig) -> Iterator[str]:
+def out_of_bounds(config: Config | SweepConfig | UpcycleConfig) -> Iterator[str]:
     """Numbers of a configuration that are outside their bounds, one line each."""
     for key in sorted({*AT_LEAST, *ABOVE, *AT_MOST, *BELOW}):
         value = _value(config, key)
@@ -313,7 +316,7 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.weights ({data.weights}) must be >= 0, and one of them > 0"
 
 
-def _value(config: Config | SweepConfig, key: str) -> Any:
+def _value(config: Config | SweepConfig | UpcycleConfig, key: str) -> Any:
     """The value of a key; None where this kind of configuration has none."""
     value: Any = config
     for name in key.split("."):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -98,32 +98,43 @@ def export_model(
         OSError: if the file system is full or refuses, naming the file.
     """
     target = Path(target_dir)
-    _refuse_non_empty(target)
+    refuse_non_empty(target)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes ({max_shard_bytes}) must be >= 1")
-    form = HFFormat(config, dtype or _own_dtype(config))
-    _check_keys(form, set(tensors.keys()))
+    form = HFFormat(config, dtype or own_dtype(config))
+    check_keys(form, set(tensors.keys()))
     shards = plan_shards(form, max_shard_bytes)
-    _check_space(target, sum(shard.num_bytes for shard in shards))
+    check_space(target, sum(shard.num_bytes for shard in shards))
 
     target.mkdir(parents=True, exist_ok=True)
-    _write_configs(form, config, target, tokenizer, generation_config)
+    write_configs(form, config, target, tokenizer, generation_config)
+    for name, shard in named(shards):
+        write_shard(form, shard, tensors, target / name)
+    write_index(shards, target)
+    return target
+
+
+def named(shards: list[Shard]) -> list[tuple[str, Shard]]:
+    """File names of shards, as the library gives them."""
     if len(shards) == 1:
-        _write_shard(form, shards[0], tensors, target / "model.safetensors")
-        return target
-    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(form, shard, tensors, target / name)
+        return [("model.safetensors", shards[0])]
+    return [
+        (f"model-{number:05}-of-{len(shards):05}.safetensors", shard)
+        for number, shard in enumerate(shards, 1)
+    ]
+
+
+def write_index(shards: list[Shard], target: Path) -> None:
+    """The index of several shards, which makes the directory loadable; nothing for one."""
+    if len(shards) == 1:
+        return
     index = {
         "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
-        "weight_map": {
-            key: name for name, shard in zip(names, shards, strict=True) for key in shard.disk
-        },
+        "weight_map": {key: name for name, shard in named(shards) for key in shard.disk},
     }
     content = json.dumps(index, indent=2, sort_keys=True) + "\n"
     with _complete_file(target / "model.safetensors.index.json") as file:
         file.write(content.encode())
-    return target
 
 
 def plan_shards(form: HFFormat, max_shard_bytes: int) -> list[Shard]:
@@ -142,10 +153,19 @@ def plan_shards(form: HFFormat, max_shard_bytes: int) -> list[Shard]:
     return shards
 
 
-def _write_shard(form: HFFormat, shard: Shard, tensors: TensorSource, path: Path) -> None:
+def write_shard(
+    form: HFFormat,
+    shard: Shard,
+    tensors: TensorSource,
+    path: Path,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
     """One safetensors file: header length, header, tensors at their offsets.
 
     Wider dtypes come first, so that every tensor is aligned to its own element size.
+
+    Args:
+        advance: told the bytes of every tensor that was written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
@@ -169,6 +189,7 @@ def _write_shard(form: HFFormat, shard: Shard, tensors: TensorSource, path: Path
                 start += (piece.row or 0) * data.numel() * data.itemsize
                 file.seek(start)
                 file.write(data.view(torch.uint8).numpy().data)
+                advance(data.nbytes)
 
 
 def _fetch(form: HFFormat, piece: Piece, tensors: TensorSource) -> dict[str, Tensor]:
@@ -208,7 +229,7 @@ def _complete_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_configs(
+def write_configs(
     form: HFFormat,
     config: PretrainedConfig,
     target: Path,
@@ -227,12 +248,12 @@ def _write_configs(
         sync(path)
 
 
-def _own_dtype(config: PretrainedConfig) -> torch.dtype:
+def own_dtype(config: PretrainedConfig) -> torch.dtype:
     own = config.dtype or torch.float32
     return getattr(torch, own) if isinstance(own, str) else own
 
 
-def _refuse_non_empty(target: Path) -> None:
+def refuse_non_empty(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"export target {target} is a file; choose a directory")
     if target.exists() and any(target.iterdir()):
@@ -242,7 +263,7 @@ def _refuse_non_empty(target: Path) -> None:
         )
 
 
-def _check_keys(form: HFFormat, keys: set[str]) -> None:
+def check_keys(form: HFFormat, keys: set[str]) -> None:
     missing = [key for key in form.parameters if key not in keys]
     superfluous = sorted(keys - form.parameters.keys())
     family = form.model.config.model_type
@@ -260,7 +281,7 @@ def _check_keys(form: HFFormat, keys: set[str]) -> None:
         )
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -35,7 +35,7 @@ class HFCheckpoint:
     The headers of all files are read and checked at once, tensors when asked for.
 
     Attributes:
-        config: the model's configuration.
+        config: the model's configuration. dtypes: of its tensors, as safetensors names them.
 
     Raises:
         ValueError: naming file and key, for a directory without configuration or weights, an
@@ -48,6 +48,7 @@ class HFCheckpoint:
         self.config = read_config(self.path)
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, list[int]] = {}
+        self.dtypes: set[str] = set()
         for file in weight_files(self.path):
             self._read_header(file)
         self._form = HFFormat(self.config)
@@ -57,9 +58,12 @@ class HFCheckpoint:
         """Every key that `read` knows: dense parameters by name, experts one by one."""
         return list(self._form.parameters)
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
         """The tensor of a logical key, in the dtype of the file; of a stack of experts only this
         expert's rows are read.
+
+        Args:
+            rows: to read alone, of a tensor that is stored as it is in memory.
 
         Raises:
             ValueError: for an unknown key, an unreadable file or a wrong shape.
@@ -67,6 +71,11 @@ class HFCheckpoint:
         if key not in self._recipes:
             raise ValueError(f"{self.path}: {self.config.model_type} has no tensor {key}")
         parameter, recipe = self._form.parameters[key], self._recipes[key]
+        if rows is not None and self._is_stored_as_it_is(key):
+            with _opened(self._file_of[recipe.parts[0][1]]) as file:
+                return file.get_slice(recipe.parts[0][1])[rows]
+        if rows is not None:
+            return self.read(key)[rows]
         parts = [(p, disk, self._read_part(disk, recipe.row)) for p, disk in recipe.parts]
         problem: Exception | None = None
         try:
@@ -86,6 +95,11 @@ class HFCheckpoint:
             f"config.json, the files hold {have}"
         ) from problem
 
+    def _is_stored_as_it_is(self, key: str) -> bool:
+        (pattern, disk), *others = self._recipes[key].parts
+        same_shape = self._shape_of[disk] == list(self._form.parameters[key].shape)
+        return pattern is None and not others and same_shape
+
     def _read_part(self, disk_key: str, row: int | None) -> Tensor:
         with _opened(self._file_of[disk_key]) as file:
             if row is None:
@@ -101,6 +115,7 @@ class HFCheckpoint:
                     )
                 self._file_of[key] = path
                 self._shape_of[key] = file.get_slice(key).get_shape()
+                self.dtypes.add(file.get_slice(key).get_dtype())
 
     def _resolve(self) -> dict[str, Recipe]:
         """The recipe of every logical key."""

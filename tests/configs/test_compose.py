@@ -7,14 +7,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from configs.compose import composed, load, save_resolved, sweep_job, to_config, to_yaml
+from configs.compose import (
+    composed,
+    load,
+    load_upcycle,
+    save_resolved,
+    sweep_job,
+    to_config,
+    to_yaml,
+)
 from configs.describe import FOLDER, choices, examples, fields
 from configs.errors import COMPOSE_ERRORS, explain
 from configs.schema import Config
+from configs.upcycle_schema import check_upcycle
 
 CHOICES = [(choice.group, choice.name) for choice in choices()]
+UPCYCLE_CHOICES = [(choice.group, choice.name) for choice in choices("upcycle")]
 GIVEN = {  # values that a choice cannot know
     ("placement", "file"): ["placement.path=placement.json"],
     ("placement", "affinity"): ["placement.stats=stats.npz"],
@@ -161,4 +172,18 @@ def test_the_quickstart_is_complete() -> None:
 
 
 def test_choices_and_files_agree() -> None:
-    assert len(CHOICES) == len(set(CHOICES)) == len(list(FOLDER.glob("*/**/*.yaml")))
+    all_choices = [*CHOICES, *UPCYCLE_CHOICES]
+    assert len(all_choices) == len(set(all_choices)) == len(list(FOLDER.glob("*/**/*.yaml")))
+
+
+@pytest.mark.parametrize(("group", "name"), UPCYCLE_CHOICES)
+def test_every_recipe_composes(group: str, name: str) -> None:
+    config = load_upcycle("source=dense", "target_dir=moe", f"{group}={name}")
+    check_upcycle(config)
+    for slot in (config.recipe, config.router):
+        instantiate(slot)
+
+
+def test_a_conversion_without_source_or_target() -> None:
+    with pytest.raises(ValueError, match=r"missing values: source, target_dir"):
+        load_upcycle()

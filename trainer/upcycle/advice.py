@@ -1,0 +1,41 @@
+"""What to know before training what a recipe makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.upcycle_schema import Routing
+from trainer.upcycle.layout import Scores
+from trainer.upcycle.plan import Plan
+
+LANE = 8  # neurons; grouped products want rows of a multiple of 16 bytes
+
+
+def advice(plan: Plan) -> Iterator[str]:
+    """Lines about choices that train badly without an error."""
+    layout, model = plan.layout, plan.model
+    renormalised = plan.config.routing is not Routing.softmax
+    scores = model.router.scores
+    if renormalised and layout.silent:
+        yield "routed experts begin silent: routers have no gradient until their `down` moves"
+    elif renormalised and layout.alike:
+        chosen = layout.top_k // layout.parts
+        ever = "ever" if chosen == 1 else "until experts differ"
+        yield (
+            f"weights sum to 1 over experts that are alike, so the loss gives routers no gradient "
+            f"{ever}; balancing moves them (balance=aux_loss or loss_free)"
+        )
+    if scores is Scores.equal:
+        first = f"experts 0 to {layout.top_k - 1}"
+        yield f"all scores are equal, and every token goes to {first}; std above 0 spreads them"
+    whole = getattr(model.config, "n_group", 1) > 1
+    if layout.parts > 1 and not whole and not model.target.fp32_scores:
+        yield (
+            "in bf16, scores of copies collide and a few tokens in a thousand get parts "
+            "of several copies; target=glm4_moe routing=sigmoid chooses whole copies"
+        )
+    if layout.width % LANE:
+        yield (
+            f"experts have {layout.width} neurons, no multiple of {LANE}: grouped products in bf16 "
+            f"refuse that"
+        )
