@@ -23,7 +23,8 @@ class Preferences:
         self.num_layers, self.num_experts = num_layers, num_experts
         self.tokens_G = np.zeros(0)
         self._table = sparse.csr_array((0, num_layers * num_experts), dtype=np.float64)
-        self._added: list[tuple[npt.NDArray, npt.NDArray]] = []  # kind and column of single rows
+        self._added: list[npt.NDArray[np.int64]] = []  # kind * L * E + column of single rows
+        self._num_added = 0
 
     @property
     def num_kinds(self) -> int:
@@ -35,9 +36,8 @@ class Preferences:
         shape = (self.num_kinds, self._table.shape[1])
         self._table.resize(shape)
         if self._added:
-            kind, column = (np.concatenate(part) for part in zip(*self._added, strict=True))
-            added = sparse.coo_array((np.ones(len(kind)), (kind, column)), shape)
-            self._table, self._added = self._table + sparse.csr_array(added), []
+            self._table = self._table + _counted(np.concatenate(self._added), shape)
+            self._added, self._num_added = [], 0
         return self._table
 
     def observe(
@@ -53,10 +53,11 @@ class Preferences:
         self._grow(int(kind_T.max()) + 1)
         if layer == 0:
             self.tokens_G += np.bincount(kind_T, minlength=self.num_kinds)
-        some = ids_TK < self.num_experts
-        kind_TK = np.broadcast_to(kind_T[:, None], ids_TK.shape)
-        self._added.append((kind_TK[some], layer * self.num_experts + ids_TK[some]))
-        if sum(len(kind) for kind, _ in self._added) > max(MOST_ADDED, self._table.nnz):
+        first_T = kind_T * self._table.shape[1] + layer * self.num_experts
+        added = (first_T[:, None] + ids_TK)[ids_TK < self.num_experts]
+        self._added.append(added)
+        self._num_added += len(added)
+        if self._num_added > max(MOST_ADDED, self._table.nnz):
             _ = self.table
 
     def add(self, other: Preferences) -> None:
@@ -95,3 +96,14 @@ class Preferences:
     def _grow(self, num_kinds: int) -> None:
         if num_kinds > self.num_kinds:
             self.tokens_G = np.pad(self.tokens_G, (0, num_kinds - self.num_kinds))
+
+
+def _counted(entries: npt.NDArray[np.int64], shape: tuple[int, int]) -> sparse.csr_array:
+    """How often each entry of a table (row * width + column) is there, float64."""
+    height, width = shape
+    if height * width <= len(entries):
+        counts = np.bincount(entries, minlength=height * width)
+        return sparse.csr_array(counts.reshape(shape).astype(np.float64))
+    entry, count = np.unique(entries, return_counts=True)
+    table = sparse.coo_array((count.astype(np.float64), (entry // width, entry % width)), shape)
+    return sparse.csr_array(table)

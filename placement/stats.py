@@ -107,15 +107,14 @@ class RoutingStats:
                 f"source_rank ({int(sources.max())}) must be >= 0 and < {self.num_ranks}, the "
                 f"ranks of these statistics"
             )
-        chosen = _one_hot(ids, self.num_experts)
-        by_source_RE = _one_hot(sources[:, None], self.num_ranks).T @ chosen
-        self.source_LRE[layer] += _tensor(by_source_RE)
-        self.load_LE[layer] += _tensor(by_source_RE).sum(0)
+        by_source_RE = _together(sources[:, None], ids, self.num_ranks, self.num_experts)
+        self.source_LRE[layer] += by_source_RE
+        self.load_LE[layer] += by_source_RE.sum(0)
         if ids.shape[1] > 1:
-            together_EE = _tensor(chosen.T @ chosen)
+            together_EE = _together(ids, ids, self.num_experts, self.num_experts)
             self.coactive_LEE[layer] += together_EE.fill_diagonal_(0)
         if self._before is not None and self._before[0] == layer - 1:
-            self._count_pairs(layer, ids, chosen)
+            self._count_pairs(layer, ids)
         self._before = (layer, len(ids), ids) if layer + 1 < self.num_layers else None
         if layer == 0:
             self.tokens += len(ids)
@@ -296,9 +295,7 @@ class RoutingStats:
                 f"and <= {self.num_experts}, which means no expert"
             )
 
-    def _count_pairs(
-        self, layer: int, ids: npt.NDArray[np.int64], chosen: sparse.csr_array
-    ) -> None:
+    def _count_pairs(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         assert self._before is not None
         _, tokens, before = self._before
         if tokens != len(ids):
@@ -306,26 +303,33 @@ class RoutingStats:
                 f"layer {layer} has {len(ids)} tokens, layer {layer - 1} had {tokens}; observe the "
                 f"layers of one batch in order"
             )
-        pairs_EE = _one_hot(before, self.num_experts).T @ chosen
-        self.pair_LEE[layer - 1] += _tensor(pairs_EE)
+        self.pair_LEE[layer - 1] += _together(before, ids, self.num_experts, self.num_experts)
 
 
-def _one_hot(ids_TK: npt.NDArray[np.int64], size: int) -> sparse.csr_array:
-    """Sparse float64 [T, size], 1 where a token chose; the id `size` is left out."""
-    tokens, choices = ids_TK.shape
-    starts = np.arange(0, tokens * choices + 1, choices)
-    with_none = sparse.csr_array((np.ones(ids_TK.size), ids_TK.ravel(), starts), (tokens, size + 1))
-    return with_none[:, :size]
+def _together(
+    first_TJ: npt.NDArray[np.int64],
+    second_TK: npt.NDArray[np.int64],
+    num_first: int,
+    num_second: int,
+) -> Tensor:
+    """Tokens that have both an id of the first kind and one of the second, float64.
+
+    Args:
+        first_TJ, second_TK: ids of every token. num_first, num_second: how many there are, and the
+            id of "none", which is not counted.
+    """
+    rows, columns = num_first + 1, num_second + 1
+    counts = np.zeros(rows * columns, dtype=np.int64)
+    for first_T in first_TJ.T:
+        both_TK = first_T[:, None] * columns + second_TK
+        counts += np.bincount(both_TK.ravel(), minlength=rows * columns)
+    return torch.from_numpy(counts.reshape(rows, columns)[:num_first, :num_second]).double()
 
 
 def _numpy(values: Any) -> npt.NDArray[np.int64]:
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     return np.asarray(values).astype(np.int64, copy=False)
-
-
-def _tensor(counts: sparse.csr_array) -> Tensor:
-    return torch.from_numpy(counts.toarray())
 
 
 def _fill(preferences: Preferences, arrays: dict[str, Any], name: str) -> None:

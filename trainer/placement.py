@@ -60,17 +60,18 @@ class Recorder:
         """
         if self.decay < 1:
             self.stats.decay(self.decay)
-        batch = -1
+        batches = iter(micro_batches)
         for layer, ids_TK in routing:
-            batch += layer == 0
-            tokens_ST = micro_batches[batch]["input_ids"]
-            domain_S = dataset.sources_of(micro_batches[batch]["sequence_ids"])
+            if layer == 0:
+                batch = next(batches)
+                tokens_ST = batch["input_ids"]
+                domain_T = np.repeat(dataset.sources_of(batch["sequence_ids"]), tokens_ST.shape[1])
             self.stats.observe(
                 layer,
                 ids_TK,
                 self.mesh.ep_rank,
                 token_T=tokens_ST.flatten() if self.by_token else None,
-                domain_T=np.repeat(domain_S, tokens_ST.shape[1]),
+                domain_T=domain_T,
             )
 
     def merged(self) -> RoutingStats | None:

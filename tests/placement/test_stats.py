@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement import preferences
 from placement.stats import COUNTS, RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.trace import Trace
@@ -93,7 +94,12 @@ def test_counts_equal_loops_over_tokens(
     stats.check()
 
 
-def test_layer_by_layer_is_the_whole_trace() -> None:
+@pytest.mark.parametrize("most_added", [1, 30, 10**6])
+def test_layer_by_layer_is_the_whole_trace(
+    monkeypatch: pytest.MonkeyPatch, most_added: int
+) -> None:
+    """However often the rows that wait are added to the table."""
+    monkeypatch.setattr(preferences, "MOST_ADDED", most_added)
     trace = some_trace(50, 3, 6, 2, 2, seed=5)
     stats = RoutingStats(num_layers=3, num_experts=6, num_ranks=2)
     for start in (0, 20):
