@@ -72,7 +72,7 @@ class HFCheckpoint:
             raise ValueError(f"{self.path}: {self.config.model_type} has no tensor {key}")
         parameter, recipe = self._form.parameters[key], self._recipes[key]
         if rows is not None and self._is_stored_as_it_is(key):
-            with _opened(self._file_of[recipe.parts[0][1]]) as file:
+            with opened(self._file_of[recipe.parts[0][1]]) as file:
                 return file.get_slice(recipe.parts[0][1])[rows]
         if rows is not None:
             return self.read(key)[rows]
@@ -101,13 +101,13 @@ class HFCheckpoint:
         return pattern is None and not others and same_shape
 
     def _read_part(self, disk_key: str, row: int | None) -> Tensor:
-        with _opened(self._file_of[disk_key]) as file:
+        with opened(self._file_of[disk_key]) as file:
             if row is None:
                 return file.get_tensor(disk_key)
             return file.get_slice(disk_key)[row : row + 1]
 
     def _read_header(self, path: Path) -> None:
-        with _opened(path) as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key in self._file_of:
                     raise ValueError(
@@ -249,7 +249,12 @@ def weight_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: naming it, if it is torn or unreadable.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file

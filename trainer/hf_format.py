@@ -9,6 +9,7 @@ between the last two is the library's own; nothing here knows the keys of any fa
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -241,7 +242,9 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> Any:
         ValueError: if the family has no causal language model.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # of a shared expert that is not there
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     except (ValueError, KeyError) as error:
         raise ValueError(

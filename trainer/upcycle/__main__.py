@@ -28,6 +28,7 @@ from configs.compose import load_upcycle
 from configs.describe import upcycle_help_text
 from configs.errors import COMPOSE_ERRORS, explain
 from configs.upcycle_schema import UpcycleConfig, check_upcycle
+from parallel.memory import return_freed_memory
 from trainer.upcycle.advice import advice
 from trainer.upcycle.convert import Advance, convert, read_receipt, write_receipt
 from trainer.upcycle.plan import describe, make_plan
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(upcycle_help_text())
         return 0
     console = Console()
+    return_freed_memory()
     try:
         if given[:1] == ["verify"]:
             return check_result(given[1:], console)

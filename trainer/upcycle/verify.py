@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from trainer.export import SAFETENSORS_NAMES, named
-from trainer.hf_checkpoint import HFCheckpoint
+from trainer.hf_checkpoint import HFCheckpoint, opened
 from trainer.upcycle.convert import Advance
 from trainer.upcycle.layout import Matrix
 from trainer.upcycle.plan import Plan, sha256
@@ -225,6 +224,6 @@ def _only_output(made: Any) -> Tensor:
 
 def _header(file: Path) -> dict[str, tuple[list[int], torch.dtype]]:
     dtypes = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-    with safe_open(file, framework="pt") as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+    with opened(file) as weights:
+        slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118 (not a dict)
         return {key: (s.get_shape(), dtypes[s.get_dtype()]) for key, s in slices.items()}
