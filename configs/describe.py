@@ -112,7 +112,9 @@ def examples() -> list[tuple[str, str]]:
 def fields(cls: type = schema.Config, prefix: str = "") -> list[Field]:
     """Every value of a schema class and of the classes in it, in the order of the source."""
     hints = typing.get_type_hints(cls)
-    texts = _field_texts(cls.__module__)[cls.__name__]
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        texts |= _field_texts(base.__module__)[base.__name__]
     found: list[Field] = []
     for item in dataclasses.fields(cls):
         hint, key = hints[item.name], prefix + item.name

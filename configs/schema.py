@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from configs.rules import check
+from configs.upcycle_schema import RecipeConfig
 
 __all__ = ["Config", "check"]
 
@@ -204,6 +205,8 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's own configuration and their values; add one with
     `+model.overrides.<field>=<value>`."""
+    upcycle: RecipeConfig = field(default_factory=RecipeConfig)
+    """Make an MoE of the source, which is dense, while it is read (model=upcycle)."""
 
 
 @dataclass

@@ -35,13 +35,13 @@ class Scale(Enum):
 
 
 @dataclass
-class UpcycleConfig:
-    """One conversion of a dense checkpoint, or of several, into an MoE."""
+class RecipeConfig:
+    """What becomes of dense FFNs."""
 
-    source: Any = MISSING
-    """Path or hub id of a dense Hugging Face checkpoint, or a list of them for recipe=merge."""
-    target_dir: str = MISSING
-    """Folder of the MoE; must be empty or absent, or hold the same conversion, interrupted."""
+    recipe: Any = None
+    """What becomes of the dense FFN."""
+    router: Any = None
+    """How the routers begin."""
     target: str = "auto"
     """Family of the MoE (qwen2_moe, qwen3_moe, flex_olmo, glm4_moe, ernie4_5_moe, mixtral). auto:
     the first of these that computes what the dense model does."""
@@ -53,6 +53,16 @@ class UpcycleConfig:
     """Where the factor goes that makes the experts' outputs add up to the dense FFN's. auto: a
     factor of the target's own where it has one, else spread. spread: its root on up and its root
     on down. down: all of it on down."""
+
+
+@dataclass
+class UpcycleConfig(RecipeConfig):
+    """One conversion of a dense checkpoint, or of several, into an MoE."""
+
+    source: Any = MISSING
+    """Path or hub id of a dense Hugging Face checkpoint, or a list of them for recipe=merge."""
+    target_dir: str = MISSING
+    """Folder of the MoE; must be empty or absent, or hold the same conversion, interrupted."""
     dtype: str | None = None
     """Of the written weights: float32, bfloat16 or float16. null: that of the source; then what is
     copied keeps its bytes."""
@@ -66,10 +76,6 @@ class UpcycleConfig:
     """Show the plan and write nothing."""
     verify: bool = True
     """Compare the result with the source after writing, layer by layer."""
-    recipe: Any = MISSING
-    """What becomes of the dense FFN."""
-    router: Any = MISSING
-    """How the routers begin."""
 
     @property
     def sources(self) -> list[str]:

@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,10 +21,20 @@ from parallel.mesh import ParallelMesh
 from parallel.model import moe_layers, parallelize
 from parallel.plan import Planner
 from placement.table import ExpertPlacement
-from trainer.export import HFCheckpoint
 from trainer.state import model_state
 
 UNDECLARED = ("head_dim",)  # read by attention layers of families that do not declare it
+
+
+class WeightSource(Protocol):
+    """What a model's weights are read from: a checkpoint, or one that is made on the way."""
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a logical key."""
+        ...
 
 
 def local_checkpoint(source: str) -> str:
@@ -105,7 +115,7 @@ def build_model(
     seed: int,
     placement: ExpertPlacement | None = None,
     planner: Planner,
-    checkpoint: HFCheckpoint | None = None,
+    checkpoint: WeightSource | None = None,
     **layers: Any,
 ) -> nn.Module:
     """The model with this rank's experts, in fp32 on the CPU, the same for every number of ranks.
@@ -169,7 +179,7 @@ def seeded(seed: int, key: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def load_checkpoint(model: nn.Module, checkpoint: HFCheckpoint) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: WeightSource) -> None:
     """Copy a Hugging Face checkpoint into the model: dense parameters and this rank's experts.
 
     Raises:

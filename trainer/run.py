@@ -40,6 +40,7 @@ from trainer.living import (
 from trainer.loggers import LoggerList
 from trainer.metrics import model_flops_per_token, parameter_counts
 from trainer.modeling import (
+    WeightSource,
     build_model,
     family_config,
     local_checkpoint,
@@ -51,6 +52,8 @@ from trainer.ranks import RankZeroFirst, RollCall, start_ranks
 from trainer.report import RunSummary, report
 from trainer.sample import sample
 from trainer.trainer import Trainer
+from trainer.upcycle.dense import dense_model
+from trainer.upcycle.plan import upcycled
 
 PROMPT_TOKENS = 32
 GRADIENT_BYTES = 4  # of a borrowed parameter on its way home
@@ -73,9 +76,7 @@ def run(config: Config) -> None:
 
 def _run(config: Config) -> None:
     started = time.monotonic()
-    checkpoint = None
-    if config.model.source is not None:
-        checkpoint = HFCheckpoint(local_checkpoint(config.model.source))
+    checkpoint = _source(config)
     model_config = _model_config(config, checkpoint)
     shape = meta_model(model_config)
     experts = find_experts(shape)
@@ -149,6 +150,17 @@ def _run(config: Config) -> None:
     _finish(config, trainer, data, shape, started, rank_zero)
 
 
+def _source(config: Config) -> WeightSource | None:
+    """The checkpoint to continue, or the MoE that is made of it while it is read."""
+    model = config.model
+    if model.source is None:
+        return None
+    checkpoint = HFCheckpoint(local_checkpoint(model.source))
+    if model.upcycle.recipe is None:
+        return checkpoint
+    return upcycled(model.upcycle, [dense_model(checkpoint)], config.seed)
+
+
 def _nothing_to_do(config: Config, step: int, rank_zero: RankZeroFirst) -> bool:
     """Whether a resumed run has made all of its steps and its export.
 
@@ -168,7 +180,7 @@ def _nothing_to_do(config: Config, step: int, rank_zero: RankZeroFirst) -> bool:
     return False
 
 
-def _model_config(config: Config, checkpoint: HFCheckpoint | None) -> PretrainedConfig:
+def _model_config(config: Config, checkpoint: WeightSource | None) -> PretrainedConfig:
     overrides = dict(config.model.overrides)
     if checkpoint is not None:
         return override(checkpoint.config, overrides)

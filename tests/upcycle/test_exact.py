@@ -69,7 +69,8 @@ def moe_of(
 def loaded(moe: UpcycledModel, folder: Path) -> Any:
     """In plain transformers, which must miss nothing and expect nothing else."""
     export_model(moe.config, moe, folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = found
     assert not any(info.values()), info
     return model.eval()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from configs.upcycle_schema import UpcycleConfig
+from configs.upcycle_schema import RecipeConfig, UpcycleConfig
 from trainer.export import Shard, plan_shards
 from trainer.hf_checkpoint import HFCheckpoint, weight_files
 from trainer.hf_format import HFFormat
@@ -82,9 +82,7 @@ def make_plan(config: UpcycleConfig) -> Plan:
         ValueError: for whatever cannot be converted, before anything is written.
     """
     models = [dense_model(HFCheckpoint(local_checkpoint(path))) for path in config.sources]
-    recipe: Recipe = instantiate(config.recipe)
-    router: RouterInit = instantiate(config.router)
-    model = upcycled(config, models, recipe, router)
+    model = upcycled(config, models, config.seed)
     dtype = getattr(torch, config.dtype) if config.dtype else models[0].dtype
     form = HFFormat(model.config, dtype)
     whole_groups = getattr(model.config, "n_group", 1) > 1
@@ -93,14 +91,14 @@ def make_plan(config: UpcycleConfig) -> Plan:
         model,
         form,
         plan_shards(form, int(config.max_shard_gb * 2**30)),
-        model.layout.inexact_for(config.routing, router.scores, whole_groups),
+        model.layout.inexact_for(config.routing, model.router.scores, whole_groups),
     )
 
 
-def upcycled(
-    config: UpcycleConfig, models: list[DenseModel], recipe: Recipe, router: RouterInit
-) -> UpcycledModel:
-    """The MoE that the configuration makes of dense models."""
+def upcycled(config: RecipeConfig, models: list[DenseModel], seed: int) -> UpcycledModel:
+    """The MoE that recipe and router make of dense models."""
+    recipe: Recipe = instantiate(config.recipe)
+    router: RouterInit = instantiate(config.router)
     layout = recipe.layout(models[0].shape)
     return UpcycledModel(
         models,
@@ -109,7 +107,7 @@ def upcycled(
         routing=config.routing,
         scale=config.scale,
         router=router,
-        seed=config.seed,
+        seed=seed,
     )
 
 
