@@ -192,10 +192,10 @@ def limits(args: argparse.Namespace) -> Table:
 
 
 def drift(args: argparse.Namespace) -> Table:
-    """30 % of the tokens from another model: gain kept under a bound on moves, 32x64 on 2x4."""
+    """Half of the tokens from another model: gain kept under a bound on moves, 32x64 on 2x4."""
     before = SyntheticRouter(32, 64, args.strength).sample(400, SEQ_LEN, 1)
-    other = SyntheticRouter(32, 64, args.strength, seed=9).sample(120, SEQ_LEN, 1)
-    mixed_ids = np.concatenate([before.ids_TLK[: 280 * SEQ_LEN], other.ids_TLK])
+    other = SyntheticRouter(32, 64, args.strength, seed=9).sample(200, SEQ_LEN, 1)
+    mixed_ids = np.concatenate([before.ids_TLK[: 200 * SEQ_LEN], other.ids_TLK])
     current_LE = search(problem_of_pairs(before, 2, 4), time_limit_s=args.time_limit_s)
     drifted = replace(problem_of_pairs(Trace(mixed_ids, 64), 2, 4), start_LE=current_LE)
     fresh = drifted.value(search(drifted, time_limit_s=args.time_limit_s))
@@ -203,7 +203,7 @@ def drift(args: argparse.Namespace) -> Table:
     table = Table(title="after drift, 32x64 on 2x4")
     for column in ("most moves", "moves", "found", "gain kept", "CPU s"):
         table.add_column(column, justify="right")
-    for most in (0, 64, 128, 205, 2048):
+    for most in (0, 64, 128, 205, 410, 2048):
         start = time.process_time()
         home_LE = search(replace(drifted, max_moves=most), time_limit_s=args.time_limit_s)
         value = drifted.value(home_LE)
