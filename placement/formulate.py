@@ -5,6 +5,9 @@ L MoE layers, E experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +16,13 @@ from placement.problem import Problem
 from placement.stats import RoutingStats
 from placement.table import ExpertPlacement
 from placement.topology import Topology
-from placement.traffic import check_mode
+from placement.traffic import batched_sources, check_mode
 
 # Of a pair of rows of one token, against one of one domain: most of what ties a token's rows
 # together ends with the token, and a sequence has many.
 TOKEN_SHARE = 0.25
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 def problem_of(
@@ -27,17 +31,25 @@ def problem_of(
     start: ExpertPlacement,
     objective: Objective,
     max_moves: int | None = None,
+    around: ExpertPlacement | None = None,
 ) -> tuple[Problem, float]:
     """What the solvers minimise: the objective's weighted seconds, in pairwise terms.
 
     Returns the problem, and a constant to add to its values.
 
-    With one choice per token the terms are exact, but for the way to the first layer's experts in
-    `coherent`, which is left out, and for what two-level dispatch hands on, which is a mean. For
-    more choices, what deduplication saves enters by pairs of a token's experts on one rank, as in
-    `traffic.distinct` at the mean number of choices. In `batched`, the tendency of sequences to
-    stay on few ranks enters by rows of consecutive layers that come together beyond chance, in one
-    token or in one domain; `batches.settled` goes on from there.
+    With one choice per token the terms of `home` are exact. For more choices, what deduplication
+    saves enters by pairs of a token's experts on one rank, and with two-level dispatch on one
+    node, at the number of rows that a token has where it comes (`traffic.distinct`); with even
+    sources and direct dispatch such a value never exceeds the cost. In `coherent` the way to the
+    first layer's experts is left out, and what two-level dispatch hands on is a mean. In `batched`
+    sources are not known: the tendency of sequences to stay on few ranks enters by rows of
+    consecutive layers that come together beyond chance, in one token or in one domain, which is
+    no more than a way to a first placement.
+
+    Args:
+        around: a placement near which the terms are to hold: the rows that a token has where it
+            comes, how far they travel, and in `batched` where sequences are, are taken from it.
+            None: experts lie evenly.
 
     Raises:
         ValueError: for shapes that do not fit, counts that do not add up, and limits that no
@@ -50,34 +62,47 @@ def problem_of(
     if max_moves is not None and max_moves < 0:
         raise ValueError(f"max_moves ({max_moves}) must be >= 0")
     _check_limits(stats, topology, start, objective)
-    shape, mode, choices = objective.shape, objective.mode, max(1, stats.top_k)
-    seconds = objective.traffic_weight * journeys(mode) * shape.row_bytes / topology.num_ranks
-    crossing = 1.0 if mode == "coherent" else _crossing_share(stats, topology)
-    distance_RR = seconds * _hops(topology, objective.two_level, crossing)
-    pair_LEE = stats.pair_LEE.numpy() / choices
-    coactive_LEE = stats.coactive_LEE.numpy() * 2 / choices  # each gathers at the other's rank
-    linear_LER, constant = None, 0.0
-    if mode != "coherent":
-        kept_L, saved_L = _deduplicated(stats, topology.num_ranks)
-        coactive_LEE = stats.coactive_LEE.numpy() * saved_L[:, None, None]
-        constant = -float(coactive_LEE.sum()) / 2 * float(distance_RR.max())
-    if mode == "home":
-        pair_LEE = np.zeros_like(pair_LEE)
-        linear_LER = _from_sources(stats, distance_RR) * kept_L[:, None, None]
-    if mode == "batched":
-        pair_LEE = _together(stats)
+    shape, mode, ranks = objective.shape, objective.mode, topology.num_ranks
+    seconds = objective.traffic_weight * journeys(mode) * shape.row_bytes / ranks
+    slowness_R = row_operations(shape, mode) / topology.flops_per_s_R()
+    pair_LEE, coactive_LEE = stats.pair_LEE.numpy(), stats.coactive_LEE.numpy()
+    linear_LER, constant = np.zeros((*stats.load_LE.shape, ranks)), 0.0
+    if mode == "coherent":
+        distance_RR = seconds * _hops(topology, objective.two_level)
+        pair_LEE = pair_LEE / max(1, stats.top_k)
+        coactive_LEE = coactive_LEE * 2 / max(1, stats.top_k)  # each gathers at the other's rank
+    else:
+        sources_LRE = stats.sources(ranks).numpy()
+        if mode == "batched" and around is not None:
+            sources_LRE = batched_sources(stats, around.home_LE.numpy(), ranks)
+        legs = _legs(topology, objective.two_level)
+        terms = [_dispatched(stats, sources_LRE, leg, around) for leg in legs]
+        saved_L = seconds * sum(term.saved_L for term in terms)
+        constant = seconds * sum(term.constant for term in terms)
+        if mode == "batched" and around is None:
+            shares = [float(term.copies_L.mean()) for term in terms]
+            distance_RR = seconds * _hops(topology, objective.two_level, shares)
+            saved_L /= max(float(distance_RR.max()), 1e-300)
+            pair_LEE = _together(stats)
+        else:
+            pair_LEE = np.zeros_like(pair_LEE)
+            linear_LER += seconds * sum(term.linear_LER for term in terms)
+            distance_RR = _apart(legs, terms)
+        coactive_LEE = coactive_LEE * saved_L[:, None, None]
     if objective.move_weight:
-        move_LER = objective.move_weight * _move_seconds(start, topology, shape)
-        linear_LER = move_LER if linear_LER is None else linear_LER + move_LER
+        linear_LER += objective.move_weight * move_seconds(start, topology, shape)
+    if objective.load_weight and np.ptp(slowness_R):  # the mean that the problem takes off
+        mean_LER = stats.load_LE.numpy()[:, :, None] * slowness_R / ranks
+        linear_LER += objective.load_weight * mean_LER
     problem = Problem(
         node_of_R=topology.node_of_R,
         distance_RR=distance_RR,
         pair_LEE=pair_LEE,
         load_LE=stats.load_LE.numpy(),
         start_LE=start.home_LE.numpy(),
-        coactive_LEE=coactive_LEE if choices > 1 else None,
-        linear_LER=linear_LER,
-        slowness_R=row_operations(shape, mode) / topology.flops_per_s_R(),
+        coactive_LEE=coactive_LEE if stats.top_k > 1 else None,
+        linear_LER=linear_LER if linear_LER.any() else None,
+        slowness_R=slowness_R,
         load_weight=objective.load_weight,
         max_load_ratio=objective.max_load_ratio,
         max_moves=max_moves,
@@ -85,49 +110,93 @@ def problem_of(
     return problem, constant
 
 
-def _hops(topology: Topology, two_level: bool, crossing: float) -> Floats:
-    """Seconds per byte from rank to rank, [R, R]; on other nodes with what is handed on there.
+@dataclass(frozen=True)
+class _Leg:
+    """A part of the way to an expert that one copy makes for all rows of a group of ranks.
+
+    Attributes:
+        group_R: of every rank. distance_RR: seconds per byte by source and final rank.
+    """
+
+    group_R: Ints
+    distance_RR: Floats
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a leg costs, in seconds per byte times rows.
+
+    Attributes:
+        copies_L: copies per row. linear_LER: of every expert on every rank.
+        saved_L: per token and pair of its experts in a group.
+    """
+
+    copies_L: Floats
+    linear_LER: Floats
+    saved_L: Floats
+    constant: float
+
+
+def _legs(topology: Topology, two_level: bool) -> list[_Leg]:
+    """To every rank; or to the sender's own place on every node, and from there to its ranks."""
+    hops_RR, rank_R = 1 / topology.bytes_per_s_RR(), np.arange(topology.num_ranks)
+    if not two_level:
+        return [_Leg(rank_R, hops_RR)]
+    per_node = topology.num_ranks // topology.num_nodes
+    node_R, place_R = np.divmod(rank_R, per_node)
+    relay_RR = node_R * per_node + place_R[:, None]
+    handed_on = _Leg(rank_R, hops_RR[relay_RR, rank_R])
+    return [handed_on, _Leg(node_R, hops_RR[rank_R[:, None], relay_RR])]
+
+
+def _dispatched(
+    stats: RoutingStats, sources_LRE: Floats, leg: _Leg, around: ExpertPlacement | None
+) -> _Terms:
+    """The coefficients of `traffic.distinct` near a placement, or where experts lie evenly."""
+    coactive_LEE, num_experts = stats.coactive_LEE.numpy(), stats.num_experts
+    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
+    all_pairs_L = coactive_LEE.sum((1, 2)) / 2
+    travel_LER = np.einsum("lse,sr->ler", sources_LRE, leg.distance_RR)
+    if around is None:
+        held = num_experts / (leg.group_R.max() + 1)
+        pairs_L = all_pairs_L * (held - 1) / max(1, num_experts - 1)
+        travel_L = travel_LER.mean(2).sum(1)
+    else:
+        home_LE = around.home_LE.numpy()
+        group_LE = leg.group_R[home_LE]
+        pairs_L = (coactive_LEE * (group_LE[:, :, None] == group_LE[:, None, :])).sum((1, 2)) / 2
+        travel_L = np.take_along_axis(travel_LER, home_LE[:, :, None], 2).sum((1, 2))
+    most_L = 1 + np.floor(2 * pairs_L / rows_L)
+    saved_L = 2 / (most_L * (most_L + 1))
+    copies_L = 2 / (most_L + 1) - saved_L * pairs_L / rows_L
+    saved_L *= travel_L / rows_L
+    constant = float((saved_L * (pairs_L - all_pairs_L)).sum())
+    return _Terms(copies_L, copies_L[:, None, None] * travel_LER, saved_L, constant)
+
+
+def _apart(legs: list[_Leg], terms: list[_Terms]) -> Floats:
+    """What of a pair's saving is lost if its experts are on these two ranks, [R, R]."""
+    lost = [float(term.saved_L.sum()) for term in terms]
+    parted = [leg.group_R[:, None] != leg.group_R for leg in legs]
+    total_RR = sum((share * part_RR for share, part_RR in zip(lost, parted, strict=True)), 0.0)
+    return total_RR / max(sum(lost), 1e-300)
+
+
+def _hops(topology: Topology, two_level: bool, copies: Sequence[float] = (1.0, 1.0)) -> Floats:
+    """Seconds per byte from rank to rank, [R, R]; to other nodes with what is handed on there,
+    which is a mean.
 
     Args:
-        crossing: with two levels, how much of the way between nodes a row counts for.
+        copies: of a row, to ranks and to nodes.
     """
     hops_RR = 1 / topology.bytes_per_s_RR()
-    if two_level:
-        per_node = topology.num_ranks // topology.num_nodes
-        node_R = np.array(topology.node_of_R)
-        handed_on_s = 1 / topology.bytes_per_s_RR()[node_R[:, None] == node_R].min()
-        across_RR = node_R[:, None] != node_R
-        hops_RR[across_RR] *= crossing
-        hops_RR[across_RR] += handed_on_s * (per_node - 1) / per_node
-    return hops_RR
-
-
-def _deduplicated(stats: RoutingStats, num_ranks: int) -> tuple[Floats, Floats]:
-    """Copies per row, and copies saved per token and pair of its experts on one rank, [L] each.
-
-    The coefficients of `traffic.distinct` for experts that are spread evenly; for other spreads
-    they give fewer copies than there are, never more.
-    """
-    most_L = _most(stats, num_ranks)
-    crossing = (num_ranks - 1) / num_ranks
-    return 2 / (most_L + 1), crossing * 2 / (most_L * (most_L + 1))
-
-
-def _crossing_share(stats: RoutingStats, topology: Topology) -> float:
-    """What one more row of a token on its node saves, against one more on its rank, in copies.
-
-    1 for up to two choices. Where a token has many rows on every node, next to nothing: it comes
-    there anyway.
-    """
-    node_L, rank_L = _most(stats, topology.num_nodes), _most(stats, topology.num_ranks)
-    return float(np.mean(rank_L * (rank_L + 1) / (node_L * (node_L + 1))))
-
-
-def _most(stats: RoutingStats, num_parts: int) -> Floats:
-    """The number around which the rows of a token lie on a part that it visits, [L]."""
-    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
-    pairs_L = stats.coactive_LEE.numpy().sum((1, 2)) / 2
-    return 1 + np.floor(2 * pairs_L / num_parts / rows_L)
+    if not two_level:
+        return copies[0] * hops_RR
+    per_node = topology.num_ranks // topology.num_nodes
+    node_R = np.array(topology.node_of_R)
+    across_RR = node_R[:, None] != node_R
+    handed_on_s = float(hops_RR[~across_RR].max()) * (per_node - 1) / per_node
+    return np.where(across_RR, copies[1] * hops_RR + copies[0] * handed_on_s, copies[0] * hops_RR)
 
 
 def _together(stats: RoutingStats) -> Floats:
@@ -153,13 +222,7 @@ def _together(stats: RoutingStats) -> Floats:
     return together_LEE - together_LEE.min((1, 2), keepdims=True)
 
 
-def _from_sources(stats: RoutingStats, distance_RR: Floats) -> Floats:
-    """Cost of every expert on every rank, for its rows from their source ranks, [L, E, R]."""
-    source_LRE = stats.sources(len(distance_RR)).numpy()
-    return np.einsum("lse,sr->ler", source_LRE, distance_RR)
-
-
-def _move_seconds(start: ExpertPlacement, topology: Topology, shape: ExpertShape) -> Floats:
+def move_seconds(start: ExpertPlacement, topology: Topology, shape: ExpertShape) -> Floats:
     """Seconds of the mean rank that moving every expert to every rank takes, [L, E, R]."""
     seconds_RR = shape.move_bytes / topology.bytes_per_s_RR() / topology.num_ranks
     return seconds_RR[start.home_LE.numpy()]

@@ -123,7 +123,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"solver \('gurobi'\) must be one of auto, highs, cbc"):
         solve_exact(problem, solver="gurobi")
     wide = plain(np.ones((40, 64, 64)), distances("two-level", 8, RNG))
-    with pytest.raises(ValueError, match=r"1,966,080 products, too many for time_limit_s \(60\); .* 393 s"):
+    with pytest.raises(ValueError, match=r"1,966,080 products, too many .* 393 s"):
         solve_exact(wide)
 
 
