@@ -59,7 +59,7 @@ def _chain(error: BaseException) -> Iterable[BaseException]:
 
 def _unknown_choice(file: str) -> str:
     group, _, name = file.rpartition("/")
-    known = [choice.name for choice in choices() if choice.group == group]
+    known = [c.name for c in (*choices(), *choices("upcycle")) if c.group == group]
     hint = did_you_mean(name, known)
     return f"{group}={name}: no such choice; {hint} {group} has {', '.join(known)}"
 

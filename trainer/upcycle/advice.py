@@ -26,8 +26,7 @@ def advice(plan: Plan) -> Iterator[str]:
             f"{ever}; balancing moves them (balance=aux_loss or loss_free)"
         )
     if scores is Scores.equal:
-        first = f"experts 0 to {layout.top_k - 1}"
-        yield f"all scores are equal, and every token goes to {first}; std above 0 spreads them"
+        yield "all scores are equal, and tokens go to the same experts; router.std > 0 spreads them"
     whole = getattr(model.config, "n_group", 1) > 1
     if layout.parts > 1 and not whole and not model.target.fp32_scores:
         yield (

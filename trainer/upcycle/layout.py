@@ -104,11 +104,7 @@ class Layout:
             return "experts hold different neurons, and a token does not reach all of them"
         if scores is Scores.free or whole_groups:
             return ""
-        if scores is Scores.close:
-            return "scores of copies collide, and some tokens get parts of several copies"
-        if not self.copies_are_contiguous:
-            return "of equal scores the first experts win, which are all the same part"
-        return ""
+        return "scores of copies tie, and which part of which copy a token gets is left to chance"
 
 
 def check_experts(num_experts: int, top_k: int) -> None:

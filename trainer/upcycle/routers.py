@@ -33,7 +33,7 @@ class Zero:
     """Equal scores for all experts, up to noise that breaks ties.
 
     Args:
-        std: of the noise. 0: none, and every token goes to the first experts.
+        std: of the noise. 0: none, and all tokens go to the same experts.
     """
 
     std: float = 1e-6

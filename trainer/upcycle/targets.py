@@ -101,16 +101,14 @@ class Target:
         fields |= {
             "head_dim": head_dim(source),
             "rope_parameters": rope,
-            "rope_theta": rope["rope_theta"],  # for readers of the older style
             "tie_word_embeddings": dense.tied,
             "num_experts_per_tok": layout.top_k,
             "output_router_logits": False,
             **self.own_fields(dense, layout, routing),
         }
-        for name in ("original_max_position_embeddings",):
-            if hasattr(source, name):
-                fields[name] = getattr(source, name)
-        return AutoConfig.for_model(self.family, **fields)
+        config: Any = AutoConfig.for_model(self.family, **fields)
+        config.rope_theta = rope["rope_theta"]  # for readers of the older style
+        return config
 
     def own_fields(self, dense: DenseModel, layout: Layout, routing: Routing) -> dict[str, Any]:
         """The fields that only this family has."""
@@ -222,7 +220,6 @@ class Glm4Moe(Target):
             "num_nextn_predict_layers": 0,
             "attention_bias": needs.qkv_bias,
             "use_qk_norm": needs.qk_norm == "head",
-            "partial_rotary_factor": needs.rotary_share,
             "rope_parameters": {
                 **dense.config.rope_parameters,
                 "partial_rotary_factor": needs.rotary_share,
