@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from configs.compose import load
 from configs.schema import check
 from parallel.mesh import ParallelMesh
 from parallel.planners import home_plan
+from placement.trace import load_trace
 from tests.ranks import run_ranks
 from tests.upcycle.models import random_model, saved
 from trainer.hf_checkpoint import HFCheckpoint
@@ -116,3 +118,26 @@ def experts_made(source: str) -> set[int]:
 def test_nothing_to_upcycle(dense: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.source and model\.family are both null"):
         check(load("experiment=quickstart", "model=upcycle"), 1)
+
+
+def test_groups_stay_whole_in_bf16(dense: Path, tmp_path: Path) -> None:
+    """Routers stay in fp32 here, so every token gets all parts of the copies that it chooses."""
+    recipe = ["recipe.num_experts=16", "recipe.top_k=4", "recipe.granularity=2"]
+    overrides = [
+        "model=upcycle",
+        f"model.source={dense / 'qwen3'}",
+        "recipe@model.upcycle.recipe=split",
+        *[f"model.upcycle.{value}" for value in recipe],
+        "train.precision=bf16",
+        "train.record_routing_every=1",
+        "train.steps=1",
+        "train.batch_size=32",
+    ]
+    run_ranks(train, 2, str(dense), str(tmp_path), *overrides)
+    (recorded,) = (tmp_path / "routing").glob("*.npz")
+    trace = load_trace(recorded)
+    chosen_TLK = np.sort(trace.ids_TLK, axis=2)
+    assert chosen_TLK.shape == (1024, 3, 4)
+    first, second = chosen_TLK[..., ::2], chosen_TLK[..., 1::2]
+    assert (second == first + 1).all() and (first % 2 == 0).all()
+    assert len(np.unique(first)) == 8  # all copies are chosen by some token

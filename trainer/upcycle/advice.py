@@ -30,8 +30,9 @@ def advice(plan: Plan) -> Iterator[str]:
     whole = getattr(model.config, "n_group", 1) > 1
     if layout.parts > 1 and not whole and not model.target.fp32_scores:
         yield (
-            "in bf16, scores of copies collide and a few tokens in a thousand get parts "
-            "of several copies; target=glm4_moe routing=sigmoid chooses whole copies"
+            "this trainer keeps routers in fp32; elsewhere in bf16, scores of copies collide and a "
+            "few tokens in a thousand get parts of several copies, which target=glm4_moe "
+            "routing=sigmoid excludes"
         )
     if layout.width % LANE:
         yield (
