@@ -12,22 +12,16 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import sparse
 
-from placement.formulate import problem_of
-from placement.objective import Cost, Objective, cost, trace_cost
+from placement.objective import Cost, trace_cost
 from placement.preferences import Preferences
-from placement.search import search
-from placement.stats import RoutingStats
 from placement.table import ExpertPlacement
 from placement.topology import Topology
 from placement.trace import Trace
-from placement.traffic import batched_sources
 
 INTER = 4.0  # a crossing between nodes against one within a node
 WORTHWHILE = 0.02  # of the copies
-ROUNDS, LEAST_GAIN = 3, 1e-4  # of settling; the gain as a share of the cost
 NEVER = np.iinfo(np.int64).max // 4
 Numbers = npt.NDArray[np.number]
 Ints = npt.NDArray[np.int64]
@@ -319,53 +313,3 @@ def expected_saving(
 
 def _share(before: float, after: float) -> float:
     return (before - after) / before if before else 0.0
-
-
-def settled(
-    placement: ExpertPlacement,
-    stats: RoutingStats,
-    topology: Topology,
-    *,
-    objective: Objective,
-    time_limit_s: float = 60.0,
-    seed: int = 0,
-) -> ExpertPlacement:
-    """A placement to which experts and sequences are moved in turn, never costlier as expected.
-
-    Each domain's sequences are assigned, then experts are moved to where their rows come from, up
-    to three times. Best begun from what `solve` finds for the mode `batched`, which cannot know
-    where sequences will be.
-
-    Args:
-        stats: with statistics by domain. objective: its mode is taken as `batched`.
-        time_limit_s: of wall time. seed: of the search.
-
-    Raises:
-        ValueError: without statistics by domain, and whatever `formulate.problem_of` refuses.
-    """
-    given = replace(objective, mode="home")
-
-    def judged(candidate: ExpertPlacement) -> float:
-        expected = cost(
-            candidate,
-            stats,
-            topology,
-            mode="batched",
-            two_level=objective.two_level,
-            shape=objective.shape,
-        )
-        return objective.judge(expected)
-
-    best = judged(placement)
-    for _ in range(ROUNDS):
-        located = stats.with_sources(topology.num_ranks)
-        sources_LRE = batched_sources(stats, placement.home_LE.numpy(), topology.num_ranks)
-        located.source_LRE.copy_(torch.from_numpy(sources_LRE))
-        problem, _ = problem_of(located, topology, placement, given)
-        home_LE = search(problem, seed=seed, time_limit_s=time_limit_s / ROUNDS)
-        found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
-        value = judged(found)
-        if value >= best * (1 - LEAST_GAIN):
-            break
-        placement, best = found, value
-    return placement

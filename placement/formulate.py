@@ -77,7 +77,7 @@ def problem_of(
             sources_LRE = batched_sources(stats, around.home_LE.numpy(), ranks)
         legs = _legs(topology, objective.two_level)
         terms = [_dispatched(stats, sources_LRE, leg, around) for leg in legs]
-        saved_L = seconds * sum(term.saved_L for term in terms)
+        saved_L = seconds * np.sum([term.saved_L for term in terms], axis=0)
         constant = seconds * sum(term.constant for term in terms)
         if mode == "batched" and around is None:
             shares = [float(term.copies_L.mean()) for term in terms]
@@ -178,8 +178,7 @@ def _apart(legs: list[_Leg], terms: list[_Terms]) -> Floats:
     """What of a pair's saving is lost if its experts are on these two ranks, [R, R]."""
     lost = [float(term.saved_L.sum()) for term in terms]
     parted = [leg.group_R[:, None] != leg.group_R for leg in legs]
-    total_RR = sum((share * part_RR for share, part_RR in zip(lost, parted, strict=True)), 0.0)
-    return total_RR / max(sum(lost), 1e-300)
+    return np.average(parted, axis=0, weights=lost) if any(lost) else np.zeros_like(parted[0])
 
 
 def _hops(topology: Topology, two_level: bool, copies: Sequence[float] = (1.0, 1.0)) -> Floats:

@@ -122,11 +122,9 @@ def simulate_stats(
         for layer, plan_layer in enumerate(planners):
             home_E = placement.home_LE[layer]
             plan = plan_layer(counts_LRE[layer], home_E)
-            share_RER = _shares(plan, counts_LRE[layer], home_E.numpy())
-            planned_RRE = (rows_LRE[layer][:, :, None] * share_RER).swapaxes(1, 2)
             load_E = rows_LRE[layer].sum(0)
-            share_ER = planned_RRE.sum(0).T / np.maximum(load_E, 1e-300)[:, None]
-            rows_RR = planned_RRE.sum(2)
+            rows_RR, rows_ER = expected_rows(plan, rows_LRE[layer], counts_LRE[layer], home_E)
+            share_ER = rows_ER / np.maximum(load_E, 1e-300)[:, None]
             coactive_EE = stats.coactive_LEE[layer].numpy() * scale
             sends_RR = expected_sends(rows_RR, coactive_EE, share_ER, topology, two_level)
             tally.add(layer, plan, rows_RR, sends_RR, _at_home(load_E, home_E, num_ranks))
@@ -212,15 +210,30 @@ def _traced(
     return counts
 
 
-def _shares(plan: Any, counts_RE: torch.Tensor, home_E: Ints) -> Floats:
-    """Part of the rows of every source and expert that every rank computes, [R, E, R]."""
-    num_ranks, num_experts = counts_RE.shape
-    share_RER = np.zeros((num_ranks, num_experts, num_ranks))
-    expert_N, source_N, computing_N, rows_N = plan.rows.numpy().T
-    share_RER[source_N, expert_N, computing_N] = rows_N / counts_RE.numpy()[source_N, expert_N]
-    source, expert = np.nonzero(counts_RE.numpy() == 0)  # less than half a row stays at home
-    share_RER[source, expert, home_E[expert]] = 1
-    return share_RER
+def expected_rows(
+    plan: Any, rows_RE: Floats, counts_RE: torch.Tensor, home_E: torch.Tensor
+) -> tuple[Floats, Floats]:
+    """Where expected rows are computed if a plan for their rounded counts is followed in parts.
+
+    Args:
+        plan: for `counts_RE`, which are `rows_RE` in whole rows.
+
+    Returns:
+        Rows by source and computing rank [R, R], and by expert and computing rank [E, R].
+    """
+    num_ranks, num_experts = rows_RE.shape
+    counts = counts_RE.numpy()
+    source_M, expert_M = np.nonzero(counts == 0)  # less than half a row stays at home
+    computing_M = home_E.numpy()[expert_M]
+    expert_N, source_N, computing_N, planned_N = plan.rows.numpy().T
+    rows_N = rows_RE[source_N, expert_N] * planned_N / counts[source_N, expert_N]
+    rows_N = np.concatenate([rows_N, rows_RE[source_M, expert_M]])
+    expert_N, source_N = np.append(expert_N, expert_M), np.append(source_N, source_M)
+    computing_N = np.append(computing_N, computing_M)
+    rows_RR: Floats = np.bincount(source_N * num_ranks + computing_N, rows_N, num_ranks**2)
+    cells = num_experts * num_ranks
+    rows_ER: Floats = np.bincount(expert_N * num_ranks + computing_N, rows_N, cells)
+    return rows_RR.reshape(num_ranks, -1), rows_ER.reshape(num_experts, -1)
 
 
 def _at_home(load_E: npt.NDArray, home_E: torch.Tensor, num_ranks: int) -> Floats:

@@ -1,17 +1,22 @@
-"""Find a placement: exactly where that is possible, else by search, always with a certificate."""
+"""Find a placement: exactly where that is possible, else by search, always with a certificate.
+
+L MoE layers, E experts, R ranks.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from placement.bounds import lower_bound
 from placement.exact import is_small, solve_exact
-from placement.formulate import problem_of
+from placement.formulate import move_seconds, problem_of
 from placement.objective import Cost, Objective, cost
+from placement.problem import Problem
 from placement.search import search
 from placement.stats import RoutingStats
 from placement.table import ExpertPlacement
@@ -19,6 +24,8 @@ from placement.topology import Topology
 
 METHODS = ("auto", "exact", "search")
 BOUND_SHARE = 0.5  # of the time limit, at most, for the bound of a searched placement
+ROUNDS, LEAST_GAIN = 5, 1e-4  # of formulating; the gain as a share of what is judged
+ROUNDING = 1e-12  # of a value
 
 
 @dataclass(frozen=True)
@@ -28,21 +35,27 @@ class Solution:
     Attributes:
         cost: expected, by `objective.cost`; in `batched` without statistics by domain, as if
             sequences were dealt out at random.
-        value: the objective's weighted seconds; start_value: of `start`. lower_bound: certified,
-            of the value of every placement within the limits. Values leave out what no placement
-            changes, so only their differences count.
-        judged: the objective's weighted seconds of `cost`: what differences are measured against.
-        method: "exact" or "search". proven: the placement is optimal. finished: the solver was
-            not stopped by the time limit.
+        judged: the objective's weighted seconds of `cost`, and of the moves.
+        saved: weighted seconds by which the placement is better than `start`, moves paid: the
+            difference of what is judged, never below 0 where `start` is within the limits. In
+            `batched` with fewer than two domains no cost tells where sequences go; there it is
+            the difference of the formulated problem's values, an estimate that may be too high.
+        value: of the problem that was formulated last (`formulate.problem_of`), near this
+            placement where that is no exact image of the cost; start_value: of `start`.
+            lower_bound: certified, of that problem's value for every placement within the limits.
+            Values leave out what no placement changes, so only their differences count.
+        method: "exact" or "search". proven: no placement has a lower value. finished: the solver
+            was not stopped by the time limit.
         moves: experts that leave their rank in `start`.
     """
 
     placement: ExpertPlacement
     cost: Cost
+    judged: float
+    saved: float
     value: float
     start_value: float
     lower_bound: float
-    judged: float
     method: str
     seconds: float
     proven: bool
@@ -50,13 +63,9 @@ class Solution:
     moves: int
 
     @property
-    def saved(self) -> float:
-        """Weighted seconds by which the placement is better than `start`."""
-        return self.start_value - self.value
-
-    @property
     def gap(self) -> float:
-        """The share of the judged seconds that any other placement could save at most."""
+        """What any other placement could save at most by the formulated problem, as a share of
+        the judged seconds."""
         if self.proven or self.value <= self.lower_bound:
             return 0.0
         return (self.value - self.lower_bound) / max(self.judged, 1e-300)
@@ -85,10 +94,15 @@ def solve(
 ) -> Solution:
     """A placement at least as good as `start`, with a certified bound.
 
+    A problem is formulated and solved, what was found is judged by its expected cost, and unless
+    the problem is an exact image of that, it is formulated anew near the best placement so far, up
+    to four times. In `batched` that gives every domain's sequences their ranks, and then moves
+    experts to where their rows come from.
+
     Args:
         start: the current placement; its limits count from it.
-        method: `exact` (proven, or the best found with its gap when time runs out), `search`, or
-            `auto`, which takes `exact` where it is quick.
+        method: `exact` (the last problem's optimum, or the best found with its gap when time runs
+            out), `search`, or `auto`, which takes `exact` where it is quick.
         objective: default `Objective()`: training without a planner.
         max_moves: most experts that may leave their rank in `start`; None for no limit.
         time_limit_s: of wall time. seed: of the search; the same seed finds the same placement
@@ -103,41 +117,105 @@ def solve(
         raise ValueError(f"time_limit_s ({time_limit_s}) must be > 0")
     started = time.monotonic()
     objective = objective or Objective()
-    problem, constant = problem_of(stats, topology, start, objective, max_moves)
+    limits = stats, topology, start, objective, max_moves
+    problem, constant = problem_of(*limits)
     exact = method == "exact" or (method == "auto" and is_small(problem))
+    judged = _judge(stats, topology, start, objective, problem)
+    start_judged, best = judged(start), start
+    best_judged = np.inf if problem.violations(problem.start_LE) else start_judged
     searching_s = time_limit_s * (0.2 if exact else 1 - BOUND_SHARE)
-    home_LE = search(problem, seed=seed, time_limit_s=searching_s)
-    proven = False
+    rounds = ROUNDS if _is_refined(stats, objective) else 1
+    for number in range(rounds):
+        if number:
+            problem, constant = problem_of(*limits, around=best)
+        near = problem
+        if max_moves is None:
+            near = replace(problem, start_LE=best.home_LE.numpy())
+        left_s = max(0.0, started + searching_s - time.monotonic())
+        home_LE = search(near, seed=seed, time_limit_s=left_s / (rounds - number))
+        found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
+        gain = best_judged - judged(found)
+        if gain > 0:
+            best, best_judged = found, judged(found)
+        if number and gain <= LEAST_GAIN * best_judged:
+            break
+
+    left_s = max(1.0, started + time_limit_s - time.monotonic())
     if exact:
-        left_s = max(1.0, time_limit_s - (time.monotonic() - started))
-        result = solve_exact(problem, start_LE=home_LE, time_limit_s=left_s)
-        bound, proven = result.lower_bound, result.proven
-        if problem.value(result.home_LE) < problem.value(home_LE):
-            home_LE = result.home_LE
+        result = solve_exact(problem, start_LE=best.home_LE.numpy(), time_limit_s=left_s)
+        bound = result.lower_bound
+        found = ExpertPlacement(torch.from_numpy(result.home_LE), topology.num_ranks)
+        if not problem.violations(result.home_LE) and judged(found) < best_judged:
+            best, best_judged = found, judged(found)
     else:
-        left_s = max(1.0, time_limit_s - (time.monotonic() - started))
         bound = lower_bound(problem, time_limit_s=min(left_s, time_limit_s * BOUND_SHARE))
-    found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
+    value = problem.value(best.home_LE.numpy())
+    proven = exact and result.proven and value <= bound + ROUNDING * abs(bound)
+    expected = _expected(best, stats, topology, objective)
+    return Solution(
+        placement=best,
+        cost=expected,
+        judged=objective.judge(expected) + _moving(start, best, topology, objective),
+        saved=start_judged - best_judged,
+        value=value + constant,
+        start_value=problem.value(problem.start_LE) + constant,
+        lower_bound=min(bound, value) + constant,
+        method="exact" if exact else "search",
+        seconds=time.monotonic() - started,
+        proven=proven,
+        finished=proven or time.monotonic() - started < time_limit_s,
+        moves=len(start.moves_to(best)),
+    )
+
+
+def _is_refined(stats: RoutingStats, objective: Objective) -> bool:
+    """Whether a problem formulated near a placement says more about its cost."""
+    if objective.mode == "batched":
+        return _tells_sequences_apart(stats)
+    return objective.mode == "home" and stats.top_k > 1
+
+
+def _tells_sequences_apart(stats: RoutingStats) -> bool:
+    return bool(np.count_nonzero(stats.by_domain.tokens_G) > 1)
+
+
+def _judge(
+    stats: RoutingStats,
+    topology: Topology,
+    start: ExpertPlacement,
+    objective: Objective,
+    problem: Problem,
+) -> Callable[[ExpertPlacement], float]:
+    """What is to be small: expected cost and moves, or where no cost knows, the problem's value."""
+
+    def judged(placement: ExpertPlacement) -> float:
+        if objective.mode == "batched" and not _tells_sequences_apart(stats):
+            return problem.value(placement.home_LE.numpy())
+        expected = _expected(placement, stats, topology, objective)
+        return objective.judge(expected) + _moving(start, placement, topology, objective)
+
+    return judged
+
+
+def _expected(
+    placement: ExpertPlacement, stats: RoutingStats, topology: Topology, objective: Objective
+) -> Cost:
+    """The cost by the objective's mode, or as near to that as the statistics know."""
     by_domain = bool(stats.by_domain.tokens_G.sum())
-    expected = cost(
-        found,
+    return cost(
+        placement,
         stats,
         topology,
         mode="home" if objective.mode == "batched" and not by_domain else objective.mode,
         two_level=objective.two_level,
         shape=objective.shape,
     )
-    value = problem.value(home_LE)
-    return Solution(
-        placement=found,
-        cost=expected,
-        value=value + constant,
-        start_value=problem.value(problem.start_LE) + constant,
-        lower_bound=min(bound, value) + constant,
-        judged=objective.judge(expected),
-        method="exact" if exact else "search",
-        seconds=time.monotonic() - started,
-        proven=proven,
-        finished=proven or time.monotonic() - started < time_limit_s,
-        moves=len(start.moves_to(found)),
-    )
+
+
+def _moving(
+    start: ExpertPlacement, placement: ExpertPlacement, topology: Topology, objective: Objective
+) -> float:
+    """Weighted seconds of the moves."""
+    seconds_LER = move_seconds(start, topology, objective.shape)
+    home_LE1 = placement.home_LE.numpy()[:, :, None]
+    return objective.move_weight * float(np.take_along_axis(seconds_LER, home_LE1, 2).sum())

@@ -90,3 +90,14 @@ def test_every_command_of_the_readme_composes(monkeypatch: pytest.MonkeyPatch) -
         check(load(*overrides), world)
         found += 1
     assert found >= 2
+
+
+def test_every_conversion_of_the_readme_composes() -> None:
+    from configs.compose import load_upcycle
+    from configs.upcycle_schema import check_upcycle
+
+    command = " -m trainer.upcycle "
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if command in line]
+    assert lines
+    for line in lines:
+        check_upcycle(load_upcycle(*line.partition(command)[2].split()))

@@ -8,11 +8,11 @@
 Copies per token and MoE layer on their way to the experts (as many come back), counted exactly:
 first one for every rank other than the source that has some of the token's experts, then copies
 that cross nodes with two-level dispatch, one per node. Columns: contiguous homes with sequences
-dealt out in order; experts placed for assigned sequences (`placement.formulate`, `settled`), the
-sequences dealt out in order; those assigned by token id and, as a check of the prediction, by
-their true routing; and by token id under a placement that also evens out load, with the max/mean
-rows of a rank, mean over layers (the column before it: without). A saving below 2 % of the time on
-the links is said to be none.
+dealt out in order; experts placed for assigned sequences (`solve` in mode `batched`), the sequences
+dealt out in order; those assigned by token id and, as a check of the prediction, by their true
+routing; and by token id under a placement that also evens out load, with the max/mean rows of a
+rank, mean over layers (the column before it: without). A saving below 2 % of the time on the links
+is said to be none.
 
 Links between nodes are four times slower than within. `--batch-size` assigns batch by batch instead
 of all sequences at once; `--held-out` takes statistics of the first half of the sequences and
@@ -30,14 +30,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from placement.batches import assign, assigned, expected_saving, settled
-from placement.formulate import problem_of
+from placement.batches import assign, assigned, expected_saving
 from placement.objective import Objective, trace_cost
-from placement.search import search
+from placement.solve import solve
 from placement.stats import RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
@@ -124,12 +122,15 @@ def placed(
     """Experts placed for assigned sequences."""
     objective = Objective(mode="batched", two_level=True, load_weight=load_weight)
     start = ExpertPlacement.contiguous(stats.num_layers, stats.num_experts, topology.num_ranks)
-    problem, _ = problem_of(stats, topology, start, objective)
-    home_LE = search(problem, time_limit_s=time_limit_s).astype(np.int64)
-    found = ExpertPlacement(torch.from_numpy(home_LE), topology.num_ranks)
-    if not stats.by_domain.num_kinds:
-        return found
-    return settled(found, stats, topology, objective=objective, time_limit_s=time_limit_s)
+    found = solve(
+        stats,
+        topology,
+        start,
+        method="search",
+        objective=objective,
+        time_limit_s=time_limit_s,
+    )
+    return found.placement
 
 
 def measure(seen: Trace, trace: Trace, topology: Topology, args: argparse.Namespace) -> Row:
@@ -231,7 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks-per-node", type=int, default=4, help="for --trace")
     parser.add_argument("--batch-size", type=int, default=0, help="sequences; 0: all at once")
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="of a search, seconds")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="of a solution, seconds")
     return parser.parse_args(arguments)
 
 
