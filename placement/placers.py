@@ -65,8 +65,8 @@ class Solved:
             between layers alone (ExFlow); moetuner: that and load; load: the busiest rank alone.
         method: auto, exact or search; see `solve`.
         dispatcher: target of the dispatcher; two-level dispatch is minimised as such.
-        load_weight: of the seconds for which ranks wait for the busiest one, 0 where a planner
-            levels; None: as the objective has it.
+        load_weight: of the seconds for which ranks wait for the busiest one; None: as the
+            objective has it, but in training 0 where the planner evens out the load.
         max_load_ratio: hard bound of max/mean rows per rank in every layer; None for none.
         time_limit_s: of wall time. seed: of the search.
 

@@ -137,15 +137,27 @@ def living_placement(
     )
 
 
+def fitted_placer(config: Config, placer: Any) -> Any:
+    """A solved placement that counts waiting for the busiest rank only where the run waits."""
+    if not isinstance(placer, Solved) or placer.load_weight is not None:
+        return placer
+    return replace(placer, load_weight=_load_weight(config, OBJECTIVES[placer.objective]))
+
+
 def _objective(config: Config, expert: ExpertShape) -> Objective:
     relocate = config.relocate
     objective = OBJECTIVES[relocate.objective.value]
     load_weight = relocate.load_weight
     if load_weight is None:
-        waits = config.planner["_target_"] == HOME_PLAN
-        load_weight = objective.load_weight if waits or not objective.traffic_weight else 0.0
+        load_weight = _load_weight(config, objective)
     two_level = config.dispatcher.get("_target_") == TWO_LEVEL
     return replace(objective, load_weight=load_weight, two_level=two_level, shape=expert)
+
+
+def _load_weight(config: Config, objective: Objective) -> float:
+    """0 where the planner evens out the load and there is traffic to judge by instead."""
+    waits = config.planner["_target_"] == HOME_PLAN
+    return objective.load_weight if waits or not objective.traffic_weight else 0.0
 
 
 def expert_shape(config: Config, shape: Any) -> ExpertShape:

@@ -33,6 +33,7 @@ from trainer.export import HFCheckpoint, export_model
 from trainer.living import (
     expert_shape,
     first_placement,
+    fitted_placer,
     living_placement,
     measured_topology,
     where_it_was,
@@ -86,7 +87,7 @@ def _run(config: Config) -> None:
     world = dist.get_world_size()
     check(config, world, num_experts=num_experts, top_k=top_k, max_positions=positions)
     planner = instantiate(config.planner)  # refuses impossible bounds before any work is done
-    placer = instantiate(config.placement)
+    placer = fitted_placer(config, instantiate(config.placement))
     ep = config.mesh.ep or math.gcd(world, num_experts)
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
     if mesh.device.type == "cpu":

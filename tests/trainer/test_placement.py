@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 
+from configs.compose import load
 from parallel.mesh import ParallelMesh
 from placement.objective import AFFINITY, ExpertShape, Objective
 from placement.stats import COUNTS, RoutingStats
@@ -21,6 +23,7 @@ from tests.ranks import run_ranks
 from tests.trainer.test_run import corpus, metrics, train
 from trainer.assign import SequenceAssigner
 from trainer.checkpoint_files import placement_of
+from trainer.living import fitted_placer
 from trainer.placement import LivingPlacement, Recorder, Relocator
 from trainer.ranks import RankZeroFirst
 
@@ -209,3 +212,19 @@ def test_values_below_zero_pay_like_others(
     )
     current = ExpertPlacement.contiguous(1, 2, 2)
     assert (relocator.better(RoutingStats(1, 2), current) is found) == moves
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weight"),
+    [
+        (["placement=ilp"], 0.0),  # quota evens out the load
+        (["placement=ilp", "planner=home"], 1.0),
+        (["placement=ilp", "planner=home", "placement.load_weight=0.5"], 0.5),
+        (["placement=ilp", "placement.load_weight=0.5"], 0.5),
+        (["placement=load"], 1.0),  # there is nothing else to judge by
+        (["placement=affinity", "planner=home"], 0.0),
+    ],
+)
+def test_placements_count_waiting_where_the_run_waits(overrides: list[str], weight: float) -> None:
+    config = load("experiment=quickstart", "placement.stats=stats.npz", *overrides)
+    assert fitted_placer(config, instantiate(config.placement)).load_weight == weight
