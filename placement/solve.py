@@ -132,7 +132,7 @@ def solve(
         if max_moves is None:
             near = replace(problem, start_LE=best.home_LE.numpy())
         left_s = max(0.0, started + searching_s - time.monotonic())
-        home_LE = search(near, seed=seed, time_limit_s=left_s / (rounds - number))
+        home_LE = search(near, seed=seed, time_limit_s=left_s / min(2, rounds - number))
         found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
         gain = best_judged - judged(found)
         if gain > 0:

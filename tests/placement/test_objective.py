@@ -195,26 +195,82 @@ def test_the_problem_is_the_objective(objective: Objective, two_level: bool) -> 
         found = cost(placement, stats, nodes, mode=objective.mode, two_level=two_level, shape=SHAPE)
         value = problem.value(placement.home_LE.numpy()) + constant
         offsets.append(objective.judge(found) - value)
-    if not two_level:
+    if objective.mode == "home" or not two_level:
         np.testing.assert_allclose(offsets, offsets[0], rtol=1e-12)
     else:  # the place to which a node's relay hands on counts as its mean
         scale = objective.judge(found)
         assert np.ptp(offsets) < 0.05 * scale
 
 
-def test_two_choices_on_one_node_are_exact_too() -> None:
-    """What deduplication saves enters by pairs; sources are even."""
-    nodes = topology(1, 4)
+@pytest.mark.parametrize("per_node", [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_two_choices_are_exact_too(per_node: tuple[int, int], two_level: bool) -> None:
+    """What deduplication saves enters by pairs: of direct dispatch on one rank, not one node."""
+    nodes = topology(*per_node)
     trace = some_trace(300, 2, 8, 2, 4, seed=3, absent=0)
     stats = RoutingStats.of_trace(replace(trace, source_T=None))  # even
-    objective = Objective(shape=SHAPE)
-    problem, constant = problem_of(stats, nodes, some_placement(2, 8, 4, 0), objective)
+    objective = Objective(two_level=two_level, shape=SHAPE)
+    around = some_placement(2, 8, 4, 9)
     even_s = float(stats.load_LE.sum()) * 600 / 4e6
     for seed in range(6):
         placement = some_placement(2, 8, 4, seed)
-        found = cost(placement, stats, nodes, shape=SHAPE)
-        value = problem.value(placement.home_LE.numpy()) + constant
-        assert value + even_s == pytest.approx(objective.judge(found), rel=1e-12)
+        found = cost(placement, stats, nodes, two_level=two_level, shape=SHAPE)
+        for near in (None, around):
+            problem, constant = problem_of(
+                stats, nodes, some_placement(2, 8, 4, 0), objective, around=near
+            )
+            value = problem.value(placement.home_LE.numpy()) + constant
+            assert value + even_s == pytest.approx(objective.judge(found), rel=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [3, 4, 8])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_of_more_choices_values_are_near_the_cost_and_never_above(
+    top_k: int, two_level: bool
+) -> None:
+    """One layer, even sources; near a placement the value there is nearly its cost."""
+    nodes = topology(2, 2)
+    trace = some_trace(300, 1, 16, top_k, 4, seed=3, absent=0)
+    stats = RoutingStats.of_trace(replace(trace, source_T=None))
+    objective = Objective(two_level=two_level, load_weight=0, shape=SHAPE)
+    for near in (None, *(some_placement(1, 16, 4, seed) for seed in range(3))):
+        problem, constant = problem_of(
+            stats, nodes, some_placement(1, 16, 4, 0), objective, around=near
+        )
+        for seed in range(6):
+            placement = some_placement(1, 16, 4, seed)
+            expected = cost(placement, stats, nodes, two_level=two_level, shape=SHAPE).traffic_s
+            value = problem.value(placement.home_LE.numpy()) + constant
+            assert value <= expected * (1 + 1e-12)
+        if near is not None:
+            expected = cost(near, stats, nodes, two_level=two_level, shape=SHAPE).traffic_s
+            assert problem.value(near.home_LE.numpy()) + constant > 0.97 * expected
+
+
+def test_near_a_placement_sources_are_where_its_sequences_are() -> None:
+    """One choice, in `batched`: the value at that placement is its cost, and falls as rows move to
+    their domain's rank."""
+    nodes = topology(2, 2)
+    trace = replace(some_trace(400, 2, 8, 1, 4, seed=3, absent=0), domain_T=np.arange(400) % 4)
+    stats = RoutingStats.of_trace(trace)
+    objective = Objective("batched", load_weight=0, shape=SHAPE)
+    for seed in range(4):
+        near = some_placement(2, 8, 4, seed)
+        problem, constant = problem_of(stats, nodes, near, objective, around=near)
+        expected = cost(near, stats, nodes, mode="batched", shape=SHAPE).traffic_s
+        assert problem.value(near.home_LE.numpy()) + constant == pytest.approx(expected, rel=1e-9)
+
+
+def test_with_unlike_ranks_waiting_is_for_the_busiest() -> None:
+    nodes = replace(topology(1, 4), flops_R=(1e6, 2e6, 2e6, 4e6))
+    stats = RoutingStats.of_trace(some_trace(300, 2, 8, 1, 4, seed=3, absent=0))
+    problem, _ = problem_of(stats, nodes, some_placement(2, 8, 4, 0), LOAD)
+    offsets = []
+    for seed in range(6):
+        placement = some_placement(2, 8, 4, seed)
+        judged = LOAD.judge(cost(placement, stats, nodes))
+        offsets.append(judged - problem.value(placement.home_LE.numpy()))
+    np.testing.assert_allclose(offsets, 0, atol=1e-9 * judged)
 
 
 def test_batched_costs_fall_where_domains_have_their_own_experts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,26 @@ import torch
 
 from placement.formulate import problem_of
 from placement.objective import AFFINITY, LOAD, MOETUNER, ExpertShape, Objective, cost
+from placement.search import search
+from placement.search import search
+from placement.search import search
 from placement.solve import solve
 from placement.stats import RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
 from placement.topology import Topology
+from placement.trace import Trace
+from placement.traffic import MODES
+from placement.trace import Trace
+from placement.traffic import MODES
+from placement.trace import Trace
+from placement.traffic import MODES
 
 SHAPE = ExpertShape(hidden=64, parameters=1000)
+SHARE_MISSED = {"home": 0.01, "batched": 0.1}
+SEEDS = 8
+SHARE_MISSED = {"home": 0.01, "batched": 0.1}
+SEEDS = 8
 
 
 def nodes(number: int, per_node: int) -> Topology:
@@ -40,8 +54,9 @@ def every_placement(layers: int, experts: int, ranks: int) -> list[np.ndarray]:
     ids=["affinity", "moetuner", "load", "home", "batched"],
 )
 def test_bounds_hold_and_the_best_is_found(method: str, objective: Objective) -> None:
-    """Every placement of 2 layers x 4 experts on 2 ranks."""
-    stats, topology = recorded(2, 4, 2), nodes(1, 2)
+    """Every placement of 2 layers x 4 experts on 2 ranks; no domains, sources even."""
+    trace = replace(SyntheticRouter(2, 4, "high").sample(30, 32, 2), domain_T=None)
+    stats, topology = RoutingStats.of_trace(trace), nodes(1, 2)
     start = ExpertPlacement.contiguous(2, 4, 2)
     problem, constant = problem_of(stats, topology, start, objective)
     values = [problem.value(home_LE) + constant for home_LE in every_placement(2, 4, 2)]
@@ -53,7 +68,110 @@ def test_bounds_hold_and_the_best_is_found(method: str, objective: Objective) ->
     if found.method == "exact":
         assert found.proven and found.gap == 0
     assert 0 <= found.gap < 1 and found.finished
-    assert found.cost.seconds == cost(found.placement, stats, topology, mode=objective.mode).seconds
+    mode = "home" if objective.mode == "batched" else objective.mode
+    assert found.cost.seconds == cost(found.placement, stats, topology, mode=mode).seconds
+    assert found.judged == pytest.approx(objective.judge(found.cost), rel=1e-12)
+    assert found.saved == pytest.approx(found.start_value - found.value, rel=1e-9)
+
+
+def judged(
+    placement: ExpertPlacement, stats: RoutingStats, topology: Topology, objective: Objective
+) -> float:
+    expected = cost(
+        placement,
+        stats,
+        topology,
+        mode=objective.mode,
+        two_level=objective.two_level,
+        shape=objective.shape,
+    )
+    return objective.judge(expected)
+
+
+def uneven(layers: int, experts: int, ranks: int, top_k: int, seed: int) -> RoutingStats:
+    """Overlapping sets of experts, by domain; some domains come from some ranks."""
+    rng = np.random.default_rng(seed)
+    domain_T = rng.integers(0, 3, 300)
+    weight_DLE = rng.random((3, layers, experts)) ** 3
+    race_TLE = rng.standard_exponential((300, layers, experts)) / weight_DLE[domain_T]
+    source_T = np.where(rng.random(300) < 0.5, domain_T % ranks, rng.integers(0, ranks, 300))
+    ids_TLK = race_TLE.argsort(2)[:, :, :top_k]
+    trace = Trace(ids_TLK, experts, source_T=source_T, domain_T=domain_T)
+    return RoutingStats.of_trace(trace, ranks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("two_level", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
+def test_never_costlier_than_the_start(mode: str, two_level: bool, top_k: int) -> None:
+    """From a random placement, and from the one found, with and without waiting and moves."""
+    topology, rng = nodes(2, 2), np.random.default_rng(top_k)
+    for seed, weights in enumerate([(0.0, 0.0), (1.0, 0.0), (0.5, 0.01)]):
+        stats = uneven(2, 12, 4, top_k, seed)
+        objective = Objective(mode, two_level, load_weight=weights[0], move_weight=weights[1])
+        objective = replace(objective, shape=SHAPE)
+        home_LE = np.stack([rng.permutation(np.arange(12) // 3) for _ in range(2)])
+        start = ExpertPlacement(torch.from_numpy(home_LE), 4)
+        for _ in range(2):
+            found = solve(
+                stats, topology, start, method="search", objective=objective, time_limit_s=2
+            )
+            moving_RR = SHAPE.move_bytes / topology.bytes_per_s_RR() / 4
+            homes = start.home_LE.numpy(), found.placement.home_LE.numpy()
+            moving = weights[1] * moving_RR[homes].sum()
+            before = judged(start, stats, topology, objective)
+            after = judged(found.placement, stats, topology, objective) + moving
+            assert after <= before
+            assert found.saved == pytest.approx(before - after, rel=1e-9, abs=1e-15)
+            assert found.judged == pytest.approx(after, rel=1e-12)
+            assert found.lower_bound <= found.value
+            start = found.placement
+
+
+@pytest.mark.parametrize(("layers", "experts", "per_node"), [(2, 4, (2, 1)), (1, 6, (1, 3))])
+@pytest.mark.parametrize(("mode", "missing"), [("home", 0.03), ("batched", 0.05)])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_what_is_found_saves_nearly_all_that_any_placement_can(
+    layers: int,
+    experts: int,
+    per_node: tuple[int, int],
+    mode: str,
+    missing: float,
+    two_level: bool,
+) -> None:
+    """All placements judged by their cost, over twelve statistics."""
+    topology, missed, possible = nodes(*per_node), 0.0, 0.0
+    ranks = topology.num_ranks
+    objective = Objective(mode, two_level, load_weight=0.0, shape=SHAPE)
+    start = ExpertPlacement.contiguous(layers, experts, ranks)
+    tables = every_placement(layers, experts, ranks)
+    every = [ExpertPlacement(torch.from_numpy(home_LE), ranks) for home_LE in tables]
+    for top_k, seed in itertools.product([1, 2, 4], range(4)):
+        stats = uneven(layers, experts, ranks, min(top_k, experts - 1), seed)
+        costs = [judged(each, stats, topology, objective) for each in every]
+        found = solve(stats, topology, start, objective=objective, time_limit_s=3)
+        missed += judged(found.placement, stats, topology, objective) / min(costs) - 1
+        possible += judged(start, stats, topology, objective) / min(costs) - 1
+    assert possible > 1
+    assert missed <= missing * possible
+
+
+def test_formulating_anew_finds_what_pairs_at_first_overrate() -> None:
+    """Of four choices more come to one rank in the end than at first, and save less each."""
+    topology, gains = nodes(2, 2), []
+    objective = Objective(two_level=True, load_weight=0.0, shape=SHAPE)
+    start = ExpertPlacement.contiguous(1, 16, 4)
+    for seed in (1, 5, 6):
+        stats = uneven(1, 16, 4, 4, seed)
+        problem, constant = problem_of(stats, topology, start, objective)
+        first = ExpertPlacement(torch.from_numpy(search(problem, time_limit_s=5)), 4)
+        found = solve(stats, topology, start, method="search", objective=objective, time_limit_s=5)
+        before = judged(first, stats, topology, objective)
+        gains.append(1 - judged(found.placement, stats, topology, objective) / before)
+        at_first = problem.value(first.home_LE.numpy()) + constant
+        assert at_first < 0.9 * before
+        assert 0.95 * found.judged < found.value < 1.05 * found.judged
+    assert min(gains) >= 0 and max(gains) > 1e-3
 
 
 def test_real_sizes_are_searched_and_two_starts_agree() -> None:

@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 
 from configs.compose import load
 from parallel.mesh import ParallelMesh
-from placement.objective import AFFINITY, ExpertShape, Objective
+from placement.objective import AFFINITY, ExpertShape, Objective, cost
+from placement.solve import Solution
 from placement.stats import COUNTS, RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
@@ -117,6 +118,45 @@ def test_only_moves_that_pay_are_made() -> None:
     assert 0 < moves(100) <= free
     assert moves(10**9) > 8
     assert 0 < moves(None, most=4) <= 4
+
+
+def test_with_assigned_sequences_moves_are_judged_by_what_is_expected_of_them() -> None:
+    """Not by the problem that finds them: what they save is the difference of costs, less their
+    time; and where experts are as they should be, none moves."""
+    trace = SyntheticRouter(4, 16, "domain").sample(64, 32, 1)
+    stats = RoutingStats.of_trace(trace)
+    topology = Topology.even(2, 2, intra_gbps=8.0, inter_gbps=2.0, flops=1e12)
+    shape = ExpertShape(hidden=64, parameters=1000, bytes_per_value=4)
+    objective = Objective("batched", two_level=True, load_weight=0.0, shape=shape)
+
+    def expected(placement: ExpertPlacement) -> float:
+        return objective.judge(
+            cost(placement, stats, topology, mode="batched", two_level=True, shape=shape)
+        )
+
+    def better(current: ExpertPlacement, pays_within: int | None) -> Solution | None:
+        relocator = Relocator(
+            topology,
+            objective,
+            tokens_per_step=trace.num_tokens // 8,
+            pays_within=pays_within,
+            max_moves=None,
+            time_limit_s=3,
+            seed=0,
+        )
+        return relocator.better(stats, current)
+
+    current = ExpertPlacement.contiguous(4, 16, 4)
+    assert better(current, 1) is None
+    found = better(current, 50)
+    assert found is not None
+    moving_RR = shape.move_bytes / topology.bytes_per_s_RR() / 4
+    homes = current.home_LE.numpy(), found.placement.home_LE.numpy()
+    saved = expected(current) - expected(found.placement) - 8 / 50 * moving_RR[homes].sum()
+    assert found.saved == pytest.approx(saved, rel=1e-9) and saved > 0
+    settled = better(current, None)
+    assert settled is not None and settled.saved > found.saved
+    assert better(settled.placement, None) is None
 
 
 @pytest.mark.slow
