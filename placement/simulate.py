@@ -230,10 +230,12 @@ def expected_rows(
     rows_N = np.concatenate([rows_N, rows_RE[source_M, expert_M]])
     expert_N, source_N = np.append(expert_N, expert_M), np.append(source_N, source_M)
     computing_N = np.append(computing_N, computing_M)
-    rows_RR: Floats = np.bincount(source_N * num_ranks + computing_N, rows_N, num_ranks**2)
-    cells = num_experts * num_ranks
-    rows_ER: Floats = np.bincount(expert_N * num_ranks + computing_N, rows_N, cells)
-    return rows_RR.reshape(num_ranks, -1), rows_ER.reshape(num_experts, -1)
+    rows_RR = np.bincount(source_N * num_ranks + computing_N, rows_N, num_ranks**2)
+    rows_ER = np.bincount(expert_N * num_ranks + computing_N, rows_N, num_experts * num_ranks)
+    return (
+        rows_RR.reshape(num_ranks, -1).astype(np.float64),
+        rows_ER.reshape(num_experts, -1).astype(np.float64),
+    )
 
 
 def _at_home(load_E: npt.NDArray, home_E: torch.Tensor, num_ranks: int) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from parallel.planners.home import home_plan
 from parallel.planners.replicated import Replicated, choose_copies
 from parallel.planners.stateful import StatefulPlanner
+from placement.replicas import Replicas
+from placement.table import ExpertPlacement
 from placement.topology import Topology
 from tests.parallel.eplb import pack, rebalance, replicate
 
@@ -197,6 +201,85 @@ def test_decay_weighs_the_past() -> None:
         borrowed = planner(new, HOME).borrowed[:, 0].tolist()
         assert (int(old.sum(0).argmax()) in borrowed) == remembers
         assert (int(new.sum(0).argmax()) in borrowed) != remembers
+
+
+def given_copies(*copies: tuple[int, int], layers: int = 1) -> Replicas:
+    """The same copies in every layer, for the homes of HOME."""
+    table = np.array(sorted(copies), dtype=np.int64).reshape(-1, 2)
+    return Replicas(ExpertPlacement(HOME.repeat(layers, 1), 4), (table,) * layers)
+
+
+def held(planner: Replicated, home_E: Tensor = HOME) -> list[list[int]]:
+    """(expert, borrower) of a plan that is right."""
+    counts_RE = skewed(0, 4, 16)
+    plan = planner(counts_RE, home_E)
+    plan.check(counts_RE, home_E)
+    assert plan.keep
+    return plan.borrowed[:, [0, 2]].tolist()
+
+
+def test_copies_given_are_held_from_the_first_step_for_a_window(tmp_path: Path) -> None:
+    hot = int(skewed(0, 4, 16).sum(0).argmax())
+    other = int(HOME[hot] + 1) % 4
+    given_copies((hot, other), layers=2).save(tmp_path / "copies.json")
+    planner = Replicated(1, window=2, copies=str(tmp_path / "copies.json")).for_layer(1)
+    by_load = Replicated(1, window=2).for_layer(1)
+    seen: list[list[list[int]]] = []
+    for _ in range(5):
+        planner.next_step([skewed(0, 4, 16)] if seen else [])
+        seen.append(held(planner))
+    by_load.next_step([skewed(0, 4, 16)])
+    assert seen[0] == seen[1] == [[hot, other]]
+    assert seen[2] == seen[3] == seen[4] == held(by_load) != seen[0]
+    level = ratio(planner.for_layer(0)(skewed(0, 4, 16), HOME).load_R())
+    assert level < ratio(home_plan(skewed(0, 4, 16), HOME).load_R())
+
+
+def test_without_a_window_copies_given_stay_for_good() -> None:
+    planner = Replicated(1, window=None, copies=given_copies((0, 3), (5, 0)))
+    for _ in range(20):
+        assert held(planner) == [[0, 3], [5, 0]]
+        planner.next_step([skewed(0, 4, 16).flip(1)])
+
+
+def test_every_layer_holds_its_own_copies() -> None:
+    tables = tuple(np.array([[expert, 3]]) for expert in (0, 1))
+    planner = Replicated(1, copies=Replicas(ExpertPlacement(HOME.repeat(2, 1), 4), tables))
+    assert [held(planner.for_layer(layer)) for layer in (0, 1)] == [[[0, 3]], [[1, 3]]]
+    with pytest.raises(ValueError, match="of 2 MoE layers x 16 experts on 4 ranks, but layer 2"):
+        held(planner.for_layer(2))
+    for counts_RE, home_E in ((skewed(0, 4, 8), HOME[::2]), (skewed(0, 8, 16), HOME * 2)):
+        with pytest.raises(ValueError, match="of 2 MoE layers x 16 experts on 4 ranks, but"):
+            planner(counts_RE, torch.arange(len(home_E)) // (len(home_E) // len(counts_RE)))
+
+
+def test_given_copies_that_came_home_or_left_their_node_are_left_out() -> None:
+    topology = Topology((0, 0, 1, 1), 400.0, 50.0, 1e12)
+    table = given_copies((0, 1), (12, 2), (13, 2))
+    moved_E = HOME.clone()
+    moved_E[[0, 4]] = moved_E[[4, 0]]  # expert 0 is now at home on rank 1
+    moved_E[[1, 13]] = moved_E[[13, 1]]  # and expert 13 on rank 0, another node than its copy
+    anywhere = Replicated(2, copies=table).for_topology(topology)
+    inside = Replicated(2, copies=table, within_node=True).for_topology(topology)
+    assert held(anywhere) == held(inside) == [[0, 1], [12, 2], [13, 2]]
+    assert held(anywhere, moved_E) == [[12, 2], [13, 2]]
+    assert held(inside, moved_E) == [[12, 2]]
+    assert held(anywhere) == [[0, 1], [12, 2], [13, 2]]  # and back
+
+
+def test_given_copies_that_do_not_fit_are_refused() -> None:
+    table = given_copies((0, 3), (1, 3))
+    with pytest.raises(ValueError, match=r"planner.slots \(1\) must be >= 2, the most that"):
+        Replicated(1, copies=table)
+    with pytest.raises(ValueError, match=r"planner.window \(null\) keeps planner.copies for good"):
+        Replicated(1, window=None)
+    with pytest.raises(ValueError, match="for 4 ranks, the expert-parallel group has 2"):
+        Replicated(2, copies=table).for_topology(Topology((0, 0), 400.0, 50.0, 1e12))
+    inside = Replicated(2, copies=table, within_node=True)
+    with pytest.raises(ValueError, match="expert 0 of layer 0 on rank 3, off its home's node"):
+        inside.for_topology(Topology((0, 0, 1, 1), 400.0, 50.0, 1e12))
+    with pytest.raises(ValueError, match=r"replicas none.json: not a readable replicas file"):
+        Replicated(2, copies="none.json")
 
 
 def test_level_on_steady_skew() -> None:
