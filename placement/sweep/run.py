@@ -214,7 +214,7 @@ def _cell(values: Sequence[tuple[str, str]], varying: Sequence[str]) -> Cell:
     name = {key: line.partition("=")[2] for key, line in values if key in varying}
     decides = {n: v for n, v in config.resolved.items() if n not in ("dir", "n_jobs")}
     files = [config.stats, config.trace, config.placement.get("path")]
-    files.append(config.placement.get("stats"))
+    files += [config.placement.get("stats"), config.planner.get("copies")]
     contents = {path: _fingerprint(Path(path)) for path in files if path is not None}
     shared = {n: v for n, v in decides.items() if n not in ("planner", "dispatcher")}
     group, digest = (_digest([FORMAT, part, contents]) for part in (shared, decides))
