@@ -254,6 +254,9 @@ class OptimConfig:
     """Decoupled weight decay of matrices; norms and biases never decay."""
     decay_routers: bool = False
     """Let router weights decay as well."""
+    only_routers: bool = False
+    """Train routers alone and keep all else as it is: a warm-up of new routers over experts that
+    differ. The run after it continues the exported model."""
     schedule: Schedule = Schedule.cosine
     """After the warm-up: constant, cosine down to min_lr_ratio, or wsd (constant, then linear
     down to min_lr_ratio over the last decay_steps)."""

@@ -1,9 +1,12 @@
-"""Files that outlive a power cut."""
+"""Files that outlive a power cut, and what is in them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+CHUNK = 1 << 22
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -21,3 +24,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -72,7 +72,8 @@ class TorchEngine:
 
     Args:
         model: from `parallelize`, in fp32, the same dense weights on all ranks.
-        make_optimizer: from the sharded model to its optimizer.
+        make_optimizer: from the sharded model to its optimizer; parameters that it leaves out
+            stay as they are, and their gradients do not count in the norm.
         make_schedule: from the optimizer to its learning-rate schedule, stepped once a step.
         balancers: attached in this order.
         bf16: compute in bf16, routers and reductions in fp32.
@@ -150,6 +151,7 @@ class TorchEngine:
                 total_loss += loss.detach()
             step.finish([layer.experts for layer in layers], self.mesh.edp_group)
         self._last_decisions = collected.decisions
+        self._drop_unused_gradients()
         norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
@@ -221,6 +223,13 @@ class TorchEngine:
         counts = torch.tensor([tokens, positions], device=self.mesh.device)
         dist.all_reduce(counts, group=self.mesh.dp_group)
         return max(1, int(counts[0])), max(1, int(counts[1]))
+
+    def _drop_unused_gradients(self) -> None:
+        """Free those of parameters that the optimizer does not have."""
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for parameter in self.model.parameters():
+            if parameter not in trained:
+                parameter.grad = None
 
     def _tell_planners(self, layers: list[ExpertParallel]) -> None:
         """Give planners with a memory the counts of the step before, layer by layer."""

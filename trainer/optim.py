@@ -18,13 +18,14 @@ CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_routers: bool
+    model: nn.Module, weight_decay: float, decay_routers: bool, only_routers: bool = False
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one named group of the optimizer; none is empty.
 
     `decay` holds dense matrices, embeddings included; `experts` the stacked matrices of routed
     experts; `routers` the matrices that score experts, which decay only if asked to; `no_decay`
-    all vectors: norms, biases (of experts too) and the like.
+    all vectors: norms, biases (of experts too) and the like. With `only_routers` all that is no
+    router's is in no group.
     """
     routers = _router_prefixes(model)
     members: dict[str, list[nn.Parameter]] = {
@@ -34,7 +35,7 @@ def parameter_groups(
         "no_decay": [],
     }
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (only_routers and not name.startswith(routers)):
             continue
         is_expert = ".experts." in name
         if parameter.dim() - is_expert < 2:  # the first dim of a stack counts experts

@@ -53,8 +53,7 @@ from trainer.ranks import RankZeroFirst, RollCall, start_ranks
 from trainer.report import RunSummary, report
 from trainer.sample import sample
 from trainer.trainer import Trainer
-from trainer.upcycle.dense import dense_model
-from trainer.upcycle.plan import upcycled
+from trainer.upcycle.plan import made
 
 PROMPT_TOKENS = 32
 GRADIENT_BYTES = 4  # of a borrowed parameter on its way home
@@ -159,7 +158,7 @@ def _source(config: Config) -> WeightSource | None:
     checkpoint = HFCheckpoint(local_checkpoint(model.source))
     if model.upcycle.recipe is None:
         return checkpoint
-    return upcycled(model.upcycle, [dense_model(checkpoint)], config.seed)
+    return made(model.upcycle, [checkpoint], config.seed)
 
 
 def _nothing_to_do(config: Config, step: int, rank_zero: RankZeroFirst) -> bool:
@@ -248,7 +247,9 @@ def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
     optim, train = config.optim, config.train
 
     def make_optimizer(model: Any) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, optim.weight_decay, optim.decay_routers)
+        groups = parameter_groups(
+            model, optim.weight_decay, optim.decay_routers, optim.only_routers
+        )
         return build_adamw(groups, optim.lr, tuple(optim.betas), optim.eps)
 
     def make_schedule(optimizer: Any) -> Any:

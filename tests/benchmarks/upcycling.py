@@ -92,7 +92,10 @@ def train(
     steps = max(1, round(flops / per_token / (BATCH * SEQ_LEN)))
     decay = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": others}]
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": WEIGHT_DECAY},
+        {"params": others},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
     total, active = parameter_counts(model)
     arm = Arm(name, seed, total, active, [], [], [], 0.0)
@@ -173,8 +176,8 @@ def one_seed(seed: int, steps: int, folder: Path, progress: Progress) -> list[Ar
         f"data.cache_dir={folder / 'data'}",
     )
     built = build_data(config.data, SEQ_LEN)
+    assert built.validation is not None
     data = built.train, built.validation
-    assert data[1] is not None
     task = progress.add_task(f"seed {seed}", total=len(RECIPES) + 4)
     torch.manual_seed(seed)
     dense: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **DENSE))
@@ -183,9 +186,9 @@ def one_seed(seed: int, steps: int, folder: Path, progress: Progress) -> list[Ar
     progress.advance(task)
     source = folder / f"dense-{seed}"
     dense.save_pretrained(source)
-    goes_on = {"first_lr": MIN_RATIO, "skip": steps}
+    goes_on: dict[str, Any] = {"first_lr": MIN_RATIO, "skip": steps}
     for name, options in (
-        ("dense continued", {"skip": steps}),
+        ("dense continued", {"skip": steps}),  # the rate back to its peak
         ("dense continued, learning rate goes on", goes_on),
     ):
         again = AutoModelForCausalLM.from_pretrained(source)
@@ -196,8 +199,7 @@ def one_seed(seed: int, steps: int, folder: Path, progress: Progress) -> list[Ar
         values = [f"source={source}", f"target_dir={target}", f"seed={seed}", *overrides]
         convert(make_plan(load_upcycle(*values)))
         moe: Any = AutoModelForCausalLM.from_pretrained(target)
-        options = {"first_lr": first_lr, "skip": steps}
-        arms.append(train(name, seed, moe, data, budget, **options))
+        arms.append(train(name, seed, moe, data, budget, first_lr=first_lr, skip=steps))
         if name == "copy":
             torch.manual_seed(seed)
             scratch = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))

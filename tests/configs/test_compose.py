@@ -93,7 +93,7 @@ def test_every_example_composes(command: str) -> None:
         ("train=3", "train (3) is a section; set its values, such as train.steps=..."),
         ("model=tinyy", "model=tinyy: no such choice; did you mean tiny? model has hf, tiny"),
         ("logger=[console,wand]", "logger=wand: no such choice; did you mean wandb?"),
-        ("experiment=zzz", "experiment=zzz: no such choice; known: quickstart"),
+        ("experiment=zzz", "experiment=zzz: no such choice; known: innovator_warmup, quickstart"),
         ("placement=file", "missing values: placement.path; give them on the command line"),
         ("run.dir=${run.nam}", "run.dir: Interpolation key 'run.nam' not found"),
         ("train.steps=[1", "train.steps=[1: cannot be read; write KEY=VALUE"),

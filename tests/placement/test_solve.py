@@ -12,17 +12,11 @@ import torch
 from placement.formulate import problem_of
 from placement.objective import AFFINITY, LOAD, MOETUNER, ExpertShape, Objective, cost
 from placement.search import search
-from placement.search import search
-from placement.search import search
 from placement.solve import solve
 from placement.stats import RoutingStats
 from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
 from placement.topology import Topology
-from placement.trace import Trace
-from placement.traffic import MODES
-from placement.trace import Trace
-from placement.traffic import MODES
 from placement.trace import Trace
 from placement.traffic import MODES
 

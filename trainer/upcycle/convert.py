@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from configs.upcycle_schema import UpcycleConfig
-from trainer.durable import write_durably
+from trainer.durable import sha256, write_durably
 from trainer.export import (
     check_keys,
     check_space,
@@ -25,7 +25,7 @@ from trainer.export import (
     write_index,
     write_shard,
 )
-from trainer.upcycle.plan import Plan, sha256
+from trainer.upcycle.plan import Plan
 
 PARTIAL = "upcycle.partial.json"
 RECEIPT = "upcycle.json"
@@ -67,7 +67,7 @@ def convert(plan: Plan, advance: Advance = lambda num_bytes: None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     _note(target, identity, done)
     advance(plan.num_bytes - sum(shard.num_bytes for _, shard in left))
-    source = plan.model.models[0].checkpoint.path
+    source = plan.model.checkpoints[0].path
     write_configs(plan.form, plan.model.config, target, None, _generation(source))
     for name in TOKENIZER:
         if (source / name).is_file():
@@ -90,8 +90,7 @@ def receipt(plan: Plan, sources: list[list[str]], files: dict[str, str]) -> dict
     return {
         "format": FORMAT,
         **{key: resolved[key] for key in given},
-        "target": plan.model.target.family,
-        "factor": plan.layout.factor(plan.config.routing),
+        **plan.model.noted(),
         "source_files": sources,
         "files": files,
         "parameters": total,

@@ -86,9 +86,9 @@ class DenseModel:
         """Of all tensors outside the FFN."""
         return {name for name in self.keys if not FFN.match(name)}
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor outside the FFN, in the dtype of the file."""
-        return self.checkpoint.read(name)
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor outside the FFN, or some rows of it, in the dtype of the file."""
+        return self.checkpoint.read(name, rows)
 
     def neurons(self, layer: int, matrix: Matrix, neurons: slice | Tensor | None) -> Tensor:
         """Some neurons of an FFN, all without `neurons`: [n, H], of `down` [H, n].
@@ -101,6 +101,10 @@ class DenseModel:
         rows = neurons if isinstance(neurons, slice) else None
         read = self._rows(layer, matrix, rows)
         return read[neurons] if isinstance(neurons, Tensor) else read
+
+    def release(self) -> None:
+        """Free the matrix that was read last."""
+        self._last_down = None
 
     def _down(self, layer: int) -> Tensor:
         if self._last_down is None or self._last_down[0] != layer:
@@ -163,16 +167,17 @@ class Phi3(DenseModel):
             names |= {name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"}
         return names
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         match = re.search(r"self_attn\.([qkv])_proj\.weight$", name)
         if match is None:
-            return super().tensor(name)
+            return super().tensor(name, rows)
         config = self.config
         heads = config.num_attention_heads, config.num_key_value_heads
         q, kv = (number * head_dim(config) for number in heads)
         first, last = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[match.group(1)]
         fused = f"{name[: match.start()]}self_attn.qkv_proj.weight"
-        return self.checkpoint.read(fused, slice(first, last))
+        begin, end, _ = (rows or slice(None)).indices(last - first)
+        return self.checkpoint.read(fused, slice(first + begin, first + end))
 
     def _rows(self, layer: int, matrix: Matrix, rows: slice | None) -> Tensor:
         width = self.shape.width
@@ -195,10 +200,10 @@ class Gemma(DenseModel):
     def names(self) -> set[str]:
         return super().names() | {"lm_head.weight"}
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         if name == "lm_head.weight":
-            return super().tensor("model.embed_tokens.weight" if super().tied else name)
-        tensor = super().tensor(name)
+            return super().tensor("model.embed_tokens.weight" if super().tied else name, rows)
+        tensor = super().tensor(name, rows)
         if name.endswith("norm.weight"):
             return (1 + tensor.float()).to(tensor.dtype)
         if name == "model.embed_tokens.weight":

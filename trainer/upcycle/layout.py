@@ -33,11 +33,14 @@ class Scores(Enum):
 
 
 class DenseShape(NamedTuple):
-    """Sizes of a dense model: layers, hidden size, neurons of an FFN."""
+    """Sizes of a dense model: layers, hidden size, neurons of an FFN; how many such models there
+    are, and whether all have the same weights."""
 
     num_layers: int
     hidden: int
     width: int
+    num_models: int = 1
+    same: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Layout:
         alike: all that a token may choose computes the same, so that a renormalised router has
             no gradient until experts differ.
         inexact: why the MoE does not begin as the dense model did; empty if it does.
+        num_models: dense models that it is made of.
+        averages: tensors outside the FFN are the mean of the models', not the first one's.
     """
 
     num_experts: int
@@ -65,6 +70,8 @@ class Layout:
     silent: bool = False
     alike: bool = False
     inexact: str = ""
+    num_models: int = 1
+    averages: bool = False
 
     @property
     def num_rows(self) -> int:

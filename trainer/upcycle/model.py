@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from configs.upcycle_schema import Routing, Scale
+from trainer.durable import sha256
+from trainer.hf_checkpoint import HFCheckpoint
 from trainer.hf_format import HFFormat
+from trainer.upcycle.alike import check_alike, shape_of
 from trainer.upcycle.dense import DenseModel
 from trainer.upcycle.layout import Layout, Matrix
 from trainer.upcycle.recipe import LayerFFN, Recipe
@@ -23,6 +26,7 @@ from trainer.upcycle.targets import Target
 LAYER = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 EXPERT = re.compile(r"experts\.(\d+)\.(gate_up_proj|down_proj)")
 SHARED = re.compile(r"(\w+)\.(gate|up|down)_proj\.weight")
+BLOCK = 1 << 7  # values of a mean that are in memory in fp32 at a time
 GATED = 2.0  # a sigmoid of 0 halves
 
 
@@ -33,10 +37,14 @@ class UpcycledModel:
     They depend on the seed and their own name alone.
 
     Args:
-        models: dense, of one architecture; tensors outside the FFN are the mean of theirs.
+        models: dense, of one architecture; as many as the recipe is for.
 
     Attributes:
         config: of the MoE.
+
+    Raises:
+        ValueError: for models that differ in more than their weights, for another number of them,
+            and for a target without place for one of their tensors.
     """
 
     def __init__(
@@ -51,8 +59,14 @@ class UpcycledModel:
         seed: int = 0,
     ) -> None:
         self.models, self.recipe, self.target, self.router = models, recipe, target, router
-        self.seed = seed
-        self.layout: Layout = recipe.layout(models[0].shape)
+        self.seed, self.routing = seed, routing
+        check_alike(models)
+        self.layout: Layout = recipe.layout(shape_of(models))
+        if len(models) != self.layout.num_models:
+            raise ValueError(
+                f"source: recipe={type(recipe).__name__.lower()} takes one model, not "
+                f"{len(models)}; recipe=merge and innovator take several"
+            )
         self.config: Any = target.config(models[0], self.layout, routing)
         own = target.has_factor and scale is Scale.auto
         self.factor = 1.0 if own else self.layout.factor(routing)
@@ -61,6 +75,40 @@ class UpcycledModel:
         self.scale = scale
         self._form = HFFormat(self.config)
         self._refuse_lost()
+        router.check(models, self.layout.num_rows)
+
+    @property
+    def checkpoints(self) -> list[HFCheckpoint]:
+        """What the model is made of; the tokenizer is the first one's."""
+        return [model.checkpoint for model in self.models]
+
+    @property
+    def family(self) -> str:
+        return self.target.family
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense files."""
+        return self.models[0].dtype
+
+    @property
+    def experts(self) -> str:
+        """In words."""
+        layout = self.layout
+        shared = f", shared expert of {layout.shared_width}" if layout.shared_width else ""
+        return f"{layout.num_experts} of width {layout.width}, top {layout.top_k}{shared}"
+
+    @property
+    def inexact(self) -> str:
+        """Why the MoE does not begin as the dense model did; empty if it does."""
+        whole_groups = getattr(self.config, "n_group", 1) > 1
+        return self.layout.inexact_for(self.routing, self.router.scores, whole_groups)
+
+    def noted(self) -> dict[str, Any]:
+        """What was chosen, for the receipt, and the hashes of files besides the sources."""
+        hashes = {str(path): sha256(path) for path in self.router.files}
+        factor = self.layout.factor(self.routing)
+        return {"target": self.family, "factor": factor, "router_files": hashes}
 
     def logical_keys(self) -> list[str]:
         """Every key that `read` knows."""
@@ -110,18 +158,14 @@ class UpcycledModel:
         return scaled(tensor, GATED) if gated else tensor
 
     def _copied(self, key: str) -> Tensor:
-        """The dense model's own; of several the mean."""
+        """The first dense model's own, or the mean of all."""
         first = self.models[0]
         if key not in first.names():
             assert key.endswith(".bias"), key
             return torch.zeros(self._form.parameters[key].shape)
-        tensor = first.tensor(key)
-        if len(self.models) > 1:
-            total = tensor.to(torch.float32, copy=True)
-            for model in self.models[1:]:
-                total += model.tensor(key)
-            tensor = (total / len(self.models)).to(tensor.dtype)
-        return self.target.convert(key, tensor, self.config)
+        shape = self._form.parameters[key].shape
+        averaged = self.models if self.layout.averages else self.models[:1]
+        return self.target.convert(key, mean(averaged, key, shape), self.config)
 
     def _refuse_lost(self) -> None:
         """Every tensor of the dense model must be in the MoE.
@@ -139,6 +183,21 @@ class UpcycledModel:
 
     def _is_zero(self, name: str) -> bool:
         return not self.models[0].tensor(name).any()
+
+
+def mean(models: Sequence[DenseModel], key: str, shape: torch.Size) -> Tensor:
+    """Of a tensor of all models, in fp32 and rounded once; a block of rows at a time."""
+    if len(models) == 1:
+        return models[0].tensor(key)
+    rows = max(1, BLOCK * shape[0] // shape.numel())
+    blocks = [slice(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]
+    made = torch.empty(shape, dtype=models[0].tensor(key, slice(0, 1)).dtype)
+    for block in blocks:
+        total = models[0].tensor(key, block).to(torch.float32, copy=True)
+        for model in models[1:]:
+            total += model.tensor(key, block)
+        made[block] = total / len(models)
+    return made
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:

@@ -28,7 +28,13 @@ class LayerFFN:
     def take(
         self, matrix: Matrix, neurons: slice | Tensor | None = None, *, model: int = 0
     ) -> Tensor:
-        """Some neurons of a matrix, in the dtype of the file: [n, H], of `down` [H, n]."""
+        """Some neurons of a matrix, in the dtype of the file: [n, H], of `down` [H, n].
+
+        Only one model keeps a matrix in memory.
+        """
+        for other in self.models:
+            if other is not self.models[model]:
+                other.release()
         return self.models[model].neurons(self.layer, matrix, neurons)
 
     def generator(self, expert: int, purpose: str) -> torch.Generator:
@@ -38,12 +44,6 @@ class LayerFFN:
 
 class Recipe(Protocol):
     """Turns the FFN of a layer into experts; a small dataclass whose fields are its settings."""
-
-    @property
-    def num_experts(self) -> int: ...
-
-    @property
-    def top_k(self) -> int: ...
 
     def layout(self, dense: DenseShape) -> Layout:
         """The MoE layers to be made.

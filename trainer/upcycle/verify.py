@@ -5,6 +5,7 @@ T tokens, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,19 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from trainer.durable import sha256
 from trainer.export import SAFETENSORS_NAMES, named
 from trainer.hf_checkpoint import HFCheckpoint, opened
+from trainer.hf_format import HFFormat, expert_key
 from trainer.upcycle.convert import Advance
+from trainer.upcycle.dense import DenseModel
+from trainer.upcycle.expanded import ExpandedModel, layer_of
 from trainer.upcycle.layout import Matrix
-from trainer.upcycle.plan import Plan, sha256
+from trainer.upcycle.model import UpcycledModel
+from trainer.upcycle.plan import Plan
 from trainer.upcycle.recipe import generator
 
+FFN = Callable[[Tensor, torch.dtype], Tensor]
 TOLERANCE = 1e-4  # of outputs in fp32, relative to their deviation where that is above 1
 HALF_FACTOR = 3.0  # in bf16 and fp16: times what their rounding alone changes in the dense model
 BLOCK_TOKENS = 64
@@ -99,18 +106,9 @@ def hashes(plan: Plan, target: Path, receipt: dict[str, Any]) -> list[Step]:
 
 
 def parameters(plan: Plan, target: Path) -> Step:
-    """As many values as dense model and layout give."""
-    model, layout = plan.model.models[0], plan.layout
-    num_layers, hidden, _ = model.shape
-    ffn = 3 * hidden * (layout.num_experts * layout.width + layout.shared_width)
-    router = layout.num_experts * hidden
-    outside = sum(model.tensor(name).numel() for name in model.names() & set(plan.model.keys()))
-    extra = sum(
-        plan.form.parameters[key].shape.numel()
-        for key in plan.model.keys()  # noqa: SIM118 (not a dict)
-        if plan.model.target.extra(key, plan.form.parameters[key].shape) is not None
-    )
-    expected = outside + extra + num_layers * (ffn + router)
+    """As many values as source and recipe give."""
+    model = plan.model
+    expected = _upcycled(plan, model) if isinstance(model, UpcycledModel) else _expanded(model)
     counted = sum(
         torch.Size(shape).numel()
         for name, _ in named(plan.shards)
@@ -118,6 +116,29 @@ def parameters(plan: Plan, target: Path) -> Step:
     )
     outcome = f"{counted:,}" if counted == expected else f"{counted:,}, expected {expected:,}"
     return Step("parameters", counted == expected, outcome)
+
+
+def _expanded(made: ExpandedModel) -> int:
+    """Values of the MoE before, those of experts and routers several times."""
+    return sum(
+        before.shape.numel() * (made.recipe.multiple if made.is_grown(key) else 1)
+        for key, before in made.source.parameters.items()
+    )
+
+
+def _upcycled(plan: Plan, made: UpcycledModel) -> int:
+    """Values of the dense model outside its FFNs, and those that the layout gives."""
+    model, layout = made.models[0], made.layout
+    num_layers, hidden = model.shape.num_layers, model.shape.hidden
+    ffn = 3 * hidden * (layout.num_experts * layout.width + layout.shared_width)
+    router = layout.num_experts * hidden
+    outside = sum(model.tensor(name).numel() for name in model.names() & set(made.keys()))
+    extra = sum(
+        plan.form.parameters[key].shape.numel()
+        for key in made.keys()  # noqa: SIM118 (not a dict)
+        if made.target.extra(key, plan.form.parameters[key].shape) is not None
+    )
+    return outside + extra + num_layers * (ffn + router)
 
 
 def tensors(plan: Plan, written: HFCheckpoint, advance: Advance) -> Step:
@@ -132,42 +153,62 @@ def tensors(plan: Plan, written: HFCheckpoint, advance: Advance) -> Step:
 
 @torch.no_grad()
 def layers(plan: Plan, written: HFCheckpoint) -> Step:
-    """Layer by layer, the MoE block computes what the dense FFN does, on random inputs."""
+    """Layer by layer, the MoE block computes what the source's FFN does, on random inputs."""
     worst: Difference | None = None
-    hidden = plan.model.models[0].shape.hidden
-    for layer in range(plan.model.models[0].shape.num_layers):
+    hidden = plan.model.config.hidden_size
+    for layer, prefix in moe_blocks(plan.form).items():
         x_TH = torch.randn(BLOCK_TOKENS, hidden, generator=generator("verify", layer))
-        found = block_difference(plan, written, layer, x_TH)
+        found = block_difference(plan, written, layer, prefix, x_TH)
         if worst is None or found.moe > worst.moe:
             worst = found
     assert worst is not None
     return _judged(plan, "layers", worst)
 
 
-def block_difference(plan: Plan, written: HFCheckpoint, layer: int, x_TH: Tensor) -> Difference:
+def moe_blocks(form: HFFormat) -> dict[int, str]:
+    """Names of the MoE blocks by layer."""
+    stacks = {
+        p.name: p.name.partition(".experts.")[0] for p in form.parameters.values() if p.expert == 0
+    }
+    return {layer_of(name): prefix for name, prefix in stacks.items()}
+
+
+def block_difference(
+    plan: Plan, written: HFCheckpoint, layer: int, prefix: str, x_TH: Tensor
+) -> Difference:
     """Of one layer. Only this layer is in memory."""
-    prefix = f"model.layers.{layer}.mlp"
-    block = type(plan.form.model.get_submodule(prefix))(plan.model.config).eval()
-    dtype = plan.form.model.dtype
-    state = {}
-    for name, tensor in block.state_dict().items():
-        stacked = ".experts." in f".{name}" and tensor.dim() == 3
-        parts = [f"{prefix}.experts.{e}.{name.split('.')[-1]}" for e in range(len(tensor))]
-        keys = parts if stacked else [f"{prefix}.{name}"]
-        read = [written.read(key) for key in keys]
-        state[name] = torch.stack(read) if stacked else read[0]
-    block.load_state_dict(state, assign=True)
-    moe = _only_output(block.to(dtype)(x_TH.to(dtype)[None]))[0].float()
-    ffn = DenseFFN(plan, layer)
-    dense, rounded = ffn(x_TH, torch.float32), ffn(x_TH, dtype)
-    return _difference(moe, dense, rounded, dtype)
+    model, dtype = plan.model, plan.form.model.dtype
+    if isinstance(model, UpcycledModel):
+        ffn: FFN = DenseFFN(model.models[0], layer)
+    else:
+        ffn = MoEBlock(model.source, model.checkpoint, prefix)
+    moe = MoEBlock(plan.form, written, prefix)(x_TH, dtype)
+    return _difference(moe, ffn(x_TH, torch.float32), ffn(x_TH, dtype), dtype)
+
+
+class MoEBlock:
+    """An MoE's block of a layer."""
+
+    def __init__(self, form: HFFormat, checkpoint: HFCheckpoint, prefix: str) -> None:
+        self.block = type(form.model.get_submodule(prefix))(form.model.config).eval()
+        state = {}
+        for name, tensor in self.block.state_dict().items():
+            key = f"{prefix}.{name}"
+            if key in form.parameters:
+                state[name] = checkpoint.read(key)
+            else:
+                experts = [expert_key(key, expert) for expert in range(len(tensor))]
+                state[name] = torch.stack([checkpoint.read(one) for one in experts])
+        self.block.load_state_dict(state, assign=True)
+
+    def __call__(self, x_TH: Tensor, dtype: torch.dtype) -> Tensor:
+        return _only_output(self.block.to(dtype)(x_TH.to(dtype)[None]))[0].float()
 
 
 class DenseFFN:
-    """The dense model's FFN of a layer."""
+    """A dense model's FFN of a layer."""
 
-    def __init__(self, plan: Plan, layer: int) -> None:
-        model = plan.model.models[0]
+    def __init__(self, model: DenseModel, layer: int) -> None:
         self.gate, self.up, self.down = (model.neurons(layer, m, None) for m in Matrix)
         self.act = ACT2FN[model.config.hidden_act]
 
@@ -179,7 +220,7 @@ class DenseFFN:
 
 @torch.no_grad()
 def outputs(plan: Plan, target: Path) -> Step:
-    """The whole model's outputs are the dense model's, in plain transformers, and it generates."""
+    """The whole model's outputs are the source's, in plain transformers, and it generates."""
     total, _ = plan.parameters
     if 2 * 4 * total > WHOLE_BYTES:
         return Step("outputs", True, "not compared: both models together are too large for that")
@@ -194,7 +235,7 @@ def outputs(plan: Plan, target: Path) -> Step:
     tokens = torch.randint(moe.config.vocab_size, BATCH, generator=generator("verify", "tokens"))
     got = moe.eval()(tokens).logits.float()
     moe.generate(tokens[:1], max_new_tokens=2, do_sample=False)
-    source = plan.model.models[0].checkpoint.path
+    source = plan.model.checkpoints[0].path
     dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     want = dense(tokens).logits
     rounded = want if dtype is torch.float32 else dense.to(dtype)(tokens).logits.float()
