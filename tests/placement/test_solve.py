@@ -21,10 +21,6 @@ from placement.trace import Trace
 from placement.traffic import MODES
 
 SHAPE = ExpertShape(hidden=64, parameters=1000)
-SHARE_MISSED = {"home": 0.01, "batched": 0.1}
-SEEDS = 8
-SHARE_MISSED = {"home": 0.01, "batched": 0.1}
-SEEDS = 8
 
 
 def nodes(number: int, per_node: int) -> Topology:
