@@ -133,14 +133,14 @@ def test_the_rest_is_the_mean(dtype: torch.dtype, tmp_path: Path) -> None:
 )
 def test_memory(recipe: str, tmp_path: Path) -> None:
     """At most two of the largest tensors, however many models there are."""
-    fields: dict[str, Any] = {"vocab_size": 3072, "hidden_size": 512, "intermediate_size": 1536}
+    fields: dict[str, Any] = {"vocab_size": 6144, "hidden_size": 512, "intermediate_size": 1536}
     model = random_model("llama", num_hidden_layers=4, **fields)
     paths = []
     for number in range(8):
-        paths.append(saved(model, tmp_path / str(number)).checkpoint.path)
+        paths.append(saved(model, tmp_path / str(number), torch.bfloat16).checkpoint.path)
         with torch.no_grad():
             model.model.layers[0].mlp.down_proj.weight.add_(1)  # all differ
-    largest = 4 * 3072 * 512
+    largest = 2 * 6144 * 512
     source = ",".join(map(str, paths))
     arguments = [f"source=[{source}]", f"target_dir={tmp_path / 'moe'}", *recipe.split()]
     context = multiprocessing.get_context("spawn")
@@ -149,7 +149,7 @@ def test_memory(recipe: str, tmp_path: Path) -> None:
     process.start()
     extra, written = here.recv()
     process.join()
-    assert written > 20 * largest
+    assert written > 10 * largest
     assert extra <= 2 * largest, (extra / largest, written / largest)
 
 

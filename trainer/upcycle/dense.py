@@ -102,10 +102,6 @@ class DenseModel:
         read = self._rows(layer, matrix, rows)
         return read[neurons] if isinstance(neurons, Tensor) else read
 
-    def release(self) -> None:
-        """Free the matrix that was read last."""
-        self._last_down = None
-
     def _down(self, layer: int) -> Tensor:
         if self._last_down is None or self._last_down[0] != layer:
             self._last_down = None  # frees it first

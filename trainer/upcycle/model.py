@@ -26,7 +26,7 @@ from trainer.upcycle.targets import Target
 LAYER = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 EXPERT = re.compile(r"experts\.(\d+)\.(gate_up_proj|down_proj)")
 SHARED = re.compile(r"(\w+)\.(gate|up|down)_proj\.weight")
-BLOCK = 1 << 20  # values of a mean that are in memory in fp32 at a time
+BLOCK = 1 << 18  # values of a mean that are in memory in fp32 at a time
 GATED = 2.0  # a sigmoid of 0 halves
 
 

@@ -28,13 +28,7 @@ class LayerFFN:
     def take(
         self, matrix: Matrix, neurons: slice | Tensor | None = None, *, model: int = 0
     ) -> Tensor:
-        """Some neurons of a matrix, in the dtype of the file: [n, H], of `down` [H, n].
-
-        Only one model keeps a matrix in memory.
-        """
-        for other in self.models:
-            if other is not self.models[model]:
-                other.release()
+        """Some neurons of a matrix, in the dtype of the file: [n, H], of `down` [H, n]."""
         return self.models[model].neurons(self.layer, matrix, neurons)
 
     def generator(self, expert: int, purpose: str) -> torch.Generator:
