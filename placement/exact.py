@@ -22,6 +22,7 @@ from placement.solvers.program import Program, num_products
 
 SOLVERS = ("auto", "highs", "cbc")
 PRODUCTS_PER_SECOND = 5_000  # of the time limit: building them takes a fifth of it
+ALWAYS_BUILT = 20_000  # products, however little time there is
 SMALL_S, SMALL_PRODUCTS = 5.0, 5_000
 PROGRAM_SHARE = 0.75  # of the time, for the program; what is left for a bound if it is not solved
 CBC_DIGITS = 1e-3  # to which CBC prints its bound
@@ -77,7 +78,7 @@ def solve_exact(
         home_LE = viterbi(problem)
         return ExactResult(home_LE, problem.value(home_LE), True, time.monotonic() - started)
     products = num_products(problem)
-    if products > max(SMALL_PRODUCTS, PRODUCTS_PER_SECOND * time_limit_s):
+    if products > max(ALWAYS_BUILT, PRODUCTS_PER_SECOND * time_limit_s):
         raise ValueError(
             f"the integer program would have {products:,} products, too many for time_limit_s "
             f"({time_limit_s:g}); use method 'search', or at least "
