@@ -177,12 +177,12 @@ def block_difference(
     plan: Plan, written: HFCheckpoint, layer: int, prefix: str, x_TH: Tensor
 ) -> Difference:
     """Of one layer. Only this layer is in memory."""
-    model, dtype = plan.model, plan.form.model.dtype
+    model, (runs_in, dtype) = plan.model, _dtypes(plan)
     if isinstance(model, UpcycledModel):
         ffn: FFN = DenseFFN(model.models[0], layer)
     else:
         ffn = MoEBlock(model.source, model.checkpoint, prefix)
-    moe = MoEBlock(plan.form, written, prefix)(x_TH, dtype)
+    moe = MoEBlock(plan.form, written, prefix)(x_TH, runs_in)
     return _difference(moe, ffn(x_TH, torch.float32), ffn(x_TH, dtype), dtype)
 
 
@@ -224,9 +224,9 @@ def outputs(plan: Plan, target: Path) -> Step:
     total, _ = plan.parameters
     if 2 * 4 * total > WHOLE_BYTES:
         return Step("outputs", True, "not compared: both models together are too large for that")
-    dtype = plan.form.model.dtype
+    runs_in, dtype = _dtypes(plan)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        target, dtype=dtype, output_loading_info=True
+        target, dtype=runs_in, output_loading_info=True
     )
     moe, info = loaded
     lists = {name: keys for name, keys in info.items() if keys}
@@ -242,6 +242,18 @@ def outputs(plan: Plan, target: Path) -> Step:
     kl = F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none")
     step = _judged(plan, "outputs", _difference(got, want, rounded, dtype))
     return Step(step.name, step.good, f"{step.outcome}; KL {kl.sum(-1).mean():.1e}")
+
+
+def _dtypes(plan: Plan) -> tuple[torch.dtype, torch.dtype]:
+    """What the MoE is run in, and what else its weights have been rounded to.
+
+    An MoE that grew is run in fp32, as its source: rounding alone changes what routers choose.
+    """
+    model, stored = plan.model, plan.form.model.dtype
+    if isinstance(model, UpcycledModel):
+        return stored, stored
+    kept = plan.config.dtype is None and not model.recipe.apart
+    return torch.float32, torch.float32 if kept else stored
 
 
 def _judged(plan: Plan, name: str, found: Difference) -> Step:
