@@ -120,8 +120,7 @@ class ExpandedModel:
         Raises:
             ValueError: if others differ, too.
         """
-        key = next(key for key, p in self.source.parameters.items() if p.expert is not None)
-        dtype = self.checkpoint.read(key).dtype
+        dtype = self._expert_dtype
         kept = HFFormat(self.checkpoint.config, dtype).dtypes.values()
         others = self.checkpoint.dtypes - {SAFETENSORS_NAMES[one] for one in kept}
         if others:
@@ -130,6 +129,18 @@ class ExpandedModel:
                 f"{SAFETENSORS_NAMES[dtype]}; say with dtype=... what to write"
             )
         return dtype
+
+    def inexact_in(self, dtype: torch.dtype) -> str:
+        """As `inexact`, for weights that are written in a dtype."""
+        if not self.inexact and torch.promote_types(dtype, self._expert_dtype) is not dtype:
+            name = str(dtype).removeprefix("torch.")
+            return f"rounding weights to {name} changes what routers choose"
+        return self.inexact
+
+    @cached_property
+    def _expert_dtype(self) -> torch.dtype:
+        key = next(key for key, p in self.source.parameters.items() if p.expert is not None)
+        return self.checkpoint.read(key).dtype
 
     @cached_property
     def copies(self) -> dict[int, list[int]]:

@@ -84,7 +84,10 @@ def make_plan(config: UpcycleConfig) -> Plan:
     model = made(config, checkpoints, config.seed)
     form = HFFormat(model.config, getattr(torch, config.dtype) if config.dtype else model.dtype)
     shards = plan_shards(form, int(config.max_shard_gb * 2**30))
-    return Plan(config, model, form, shards, model.inexact)
+    inexact = model.inexact
+    if isinstance(model, ExpandedModel):
+        inexact = model.inexact_in(form.model.dtype)
+    return Plan(config, model, form, shards, inexact)
 
 
 def made(config: RecipeConfig, checkpoints: list[HFCheckpoint], seed: int) -> MadeModel:
