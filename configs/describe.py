@@ -8,7 +8,7 @@ import inspect
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -162,9 +162,7 @@ def help_text() -> str:
         "",
         "One process without torchrun works too: python -m trainer.train ...",
     ]
-    lines += ["", "EXAMPLES"]
-    for what, command in examples():
-        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    lines += _example_lines(examples())
     lines += [*_group_lines(choices()), *_value_lines(fields())]
     lines += [
         "",
@@ -187,9 +185,7 @@ def sweep_help_text() -> str:
         "",
         "  python -m placement.sweep [-m] [GROUP=CHOICE | KEY=VALUE] ...",
     ]
-    lines += ["", "EXAMPLES"]
-    for what, command in SWEEP_EXAMPLES:
-        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    lines += _example_lines(SWEEP_EXAMPLES)
     own = [choice for choice in choices("sweep") if choice.group in GROUPS]
     lines += [*_group_lines(own), *_value_lines(fields(SweepConfig))]
     lines += [
@@ -213,9 +209,7 @@ def upcycle_help_text() -> str:
         "  python -m trainer.upcycle [GROUP=CHOICE | KEY=VALUE] ...",
         "  python -m trainer.upcycle verify DIR",
     ]
-    lines += ["", "EXAMPLES"]
-    for what, command in UPCYCLE_EXAMPLES:
-        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    lines += _example_lines(UPCYCLE_EXAMPLES)
     lines += [*_group_lines(choices("upcycle")), *_value_lines(fields(UpcycleConfig))]
     lines += [
         "",
@@ -223,6 +217,13 @@ def upcycle_help_text() -> str:
         "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
     ]
     return "\n".join(lines)
+
+
+def _example_lines(of: Iterable[tuple[str, str]]) -> list[str]:
+    lines = ["", "EXAMPLES"]
+    for what, command in of:
+        lines += ["", f"  {what}:", *_wrap(command, 4, " \\")]
+    return lines
 
 
 def _group_lines(of: list[Choice]) -> list[str]:

@@ -116,6 +116,8 @@ class TorchEngine:
         self.row_activation_bytes = layers[0].experts.widths_kept() * dtype.itemsize
         shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
         self.optimizer = make_optimizer(self.model)
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        self._untrained = [p for p in self.model.parameters() if p not in trained]
         self.schedule = make_schedule(self.optimizer)
 
     def train_step(
@@ -151,7 +153,8 @@ class TorchEngine:
                 total_loss += loss.detach()
             step.finish([layer.experts for layer in layers], self.mesh.edp_group)
         self._last_decisions = collected.decisions
-        self._drop_unused_gradients()
+        for parameter in self._untrained:
+            parameter.grad = None
         norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
@@ -223,13 +226,6 @@ class TorchEngine:
         counts = torch.tensor([tokens, positions], device=self.mesh.device)
         dist.all_reduce(counts, group=self.mesh.dp_group)
         return max(1, int(counts[0])), max(1, int(counts[1]))
-
-    def _drop_unused_gradients(self) -> None:
-        """Free those of parameters that the optimizer does not have."""
-        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
-        for parameter in self.model.parameters():
-            if parameter not in trained:
-                parameter.grad = None
 
     def _tell_planners(self, layers: list[ExpertParallel]) -> None:
         """Give planners with a memory the counts of the step before, layer by layer."""

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from configs.upcycle_schema import Routing
+from placement.batches import assign_by_cost
 from tests.families import tiny_config
 from tests.upcycle.models import logits, random_model, saved
 from trainer.data.tokenizers import ByteTokenizer
 from trainer.export import export_model
 from trainer.upcycle.__main__ import main
 from trainer.upcycle.calibration import Tokens, ffn_inputs, prompt_tokens, text_tokens
-from trainer.upcycle.clusters import balanced_assignment, balanced_kmeans
+from trainer.upcycle.clusters import balanced_kmeans
 from trainer.upcycle.dense import DenseModel
 from trainer.upcycle.layout import DenseShape, Matrix
 from trainer.upcycle.model import UpcycledModel
@@ -180,7 +181,7 @@ def test_assignment_costs_the_least(whole: bool) -> None:
     for seed in range(100):
         cost_nN = random_costs(seed, whole)
         num_points, num_clusters = cost_nN.shape
-        label_n = balanced_assignment(cost_nN.copy())
+        label_n = assign_by_cost(cost_nN.copy())
         assert (np.bincount(label_n) == num_points // num_clusters).all()
         repeated = np.repeat(cost_nN, num_points // num_clusters, axis=1)
         best = repeated[linear_sum_assignment(repeated)].sum()
@@ -188,8 +189,8 @@ def test_assignment_costs_the_least(whole: bool) -> None:
 
 
 def test_assignment_needs_equal_shares() -> None:
-    with pytest.raises(ValueError, match="7 points cannot be 3 clusters"):
-        balanced_assignment(np.zeros((7, 3)))
+    with pytest.raises(ValueError, match=r"\(7\) must be a multiple of the ranks \(3\)"):
+        assign_by_cost(np.zeros((7, 3)))
 
 
 def test_kmeans_finds_what_is_there() -> None:

@@ -25,6 +25,7 @@ from trainer.upcycle.convert import PARTIAL, RECEIPT, convert
 from trainer.upcycle.plan import make_plan
 
 SMALL_SHARDS = "max_shard_gb=2e-5"
+MEASURES = sys.platform.startswith("linux")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,18 @@ def convert_and_measure(arguments: list[str], told: Connection) -> None:
     told.send((peak - baseline, plan.num_bytes))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def measured(arguments: list[str]) -> tuple[int, int]:
+    """What `convert_and_measure` tells of a conversion in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=convert_and_measure, args=(arguments, there))
+    process.start()
+    told: tuple[int, int] = here.recv()
+    process.join()
+    return told
+
+
+@pytest.mark.skipif(not MEASURES, reason="only Linux tells anonymous memory (/proc/self/status)")
 @pytest.mark.parametrize(
     "recipe",
     ["recipe=copy", "recipe=split recipe.num_experts=16 recipe.granularity=4", "recipe=drop"],
@@ -243,12 +255,7 @@ def test_memory_is_two_of_the_largest_tensors(recipe: str, tmp_path: Path) -> No
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     largest = 4 * 6144 * 512
     arguments = [f"source={tmp_path / 'dense'}", f"target_dir={tmp_path / 'moe'}", *recipe.split()]
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=convert_and_measure, args=(arguments, there))
-    process.start()
-    extra, written = here.recv()
-    process.join()
+    extra, written = measured(arguments)
     source = (tmp_path / "dense" / "model.safetensors").stat().st_size
     assert source > 4 * 2 * largest and written > 10 * 2 * largest
     assert extra <= 2 * largest, (extra / largest, written / largest)

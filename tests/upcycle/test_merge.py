@@ -4,9 +4,7 @@ in more than their weights."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from configs.compose import load_upcycle
 from configs.upcycle_schema import Routing
 from tests.upcycle.models import logits, random_model, saved
-from tests.upcycle.test_convert import convert_and_measure
+from tests.upcycle.test_convert import MEASURES, measured
 from trainer.data.tokenizers import ByteTokenizer
 from trainer.export import export_model
 from trainer.upcycle.__main__ import main
@@ -126,7 +124,7 @@ def test_the_rest_is_the_mean(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(torch.equal(first.read(key), states[0][key]) for key in models[0].names())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not MEASURES, reason="only Linux tells anonymous memory (/proc/self/status)")
 @pytest.mark.parametrize(
     "recipe",
     ["recipe=merge", "recipe=innovator recipe.granularity=4 recipe.top_k=4"],
@@ -143,12 +141,7 @@ def test_memory(recipe: str, tmp_path: Path) -> None:
     largest = 2 * 6144 * 512
     source = ",".join(map(str, paths))
     arguments = [f"source=[{source}]", f"target_dir={tmp_path / 'moe'}", *recipe.split()]
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=convert_and_measure, args=(arguments, there))
-    process.start()
-    extra, written = here.recv()
-    process.join()
+    extra, written = measured(arguments)
     assert written > 10 * largest
     assert extra <= 2 * largest, (extra / largest, written / largest)
 

@@ -9,6 +9,7 @@ N routed experts, D hidden.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ COPIED = (
 PERMUTED = re.compile(r"self_attn\.[qk]_proj\.weight$")
 
 
-class Target:
+class Target(ABC):
     """A family without shared experts whose attention is Llama's; the others differ from it.
 
     Attributes:
@@ -110,9 +111,9 @@ class Target:
         config.rope_theta = rope["rope_theta"]  # for readers of the older style
         return config
 
+    @abstractmethod
     def own_fields(self, dense: DenseModel, layout: Layout, routing: Routing) -> dict[str, Any]:
         """The fields that only this family has."""
-        raise NotImplementedError
 
     def convert(self, name: str, tensor: Tensor, config: Any) -> Tensor:
         """A tensor of the dense model as this family has it."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from placement.batches import assign_by_cost
 from trainer.upcycle.calibration import ffn_inputs, text_tokens
-from trainer.upcycle.clusters import balanced_assignment, balanced_kmeans
+from trainer.upcycle.clusters import balanced_kmeans
 from trainer.upcycle.dense import DenseModel
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice, check_experts
 from trainer.upcycle.recipe import LayerFFN
@@ -130,7 +131,7 @@ def neurons(recipe: Carve, model: DenseModel, layer: int, seed: int) -> list[Ten
         num_shared = width // (recipe.num_experts + recipe.shared_experts) * recipe.shared_experts
         shared_n, routed_n = order_n[:num_shared].sort().values, order_n[num_shared:]
         cost_nN = distances(marked_tK, width, centres=routed_n[: recipe.num_experts])[routed_n]
-        label_n = torch.from_numpy(balanced_assignment(cost_nN.numpy()))
+        label_n = torch.from_numpy(assign_by_cost(cost_nN.numpy()))
     found = [routed_n[label_n == expert].sort().values for expert in range(recipe.num_experts)]
     return [*found, shared_n]
 
