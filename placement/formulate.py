@@ -16,11 +16,12 @@ from placement.problem import Problem
 from placement.stats import RoutingStats
 from placement.table import ExpertPlacement
 from placement.topology import Topology
-from placement.traffic import batched_sources, check_mode
+from placement.traffic import batched_sources, check_mode, copies
 
 # Of a pair of rows of one token, against one of one domain: most of what ties a token's rows
 # together ends with the token, and a sequence has many.
 TOKEN_SHARE = 0.25
+STEP = 0.01  # of the pairs, for a slope
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -39,9 +40,8 @@ def problem_of(
 
     With one choice per token the terms of `home` are exact. For more choices, what deduplication
     saves enters by pairs of a token's experts on one rank, and with two-level dispatch on one
-    node, at the number of rows that a token has where it comes (`traffic.distinct`); with even
-    sources and direct dispatch such a value never exceeds the cost. In `coherent` the way to the
-    first layer's experts is left out, and what two-level dispatch hands on is a mean. In `batched`
+    node, by the slope of `traffic.copies`. In `coherent` the way to the first layer's experts is
+    left out, and what two-level dispatch hands on is a mean. In `batched`
     sources are not known: the tendency of sequences to stay on few ranks enters by rows of
     consecutive layers that come together beyond chance, in one token or in one domain, which is
     no more than a way to a first placement.
@@ -152,25 +152,32 @@ def _legs(topology: Topology, two_level: bool) -> list[_Leg]:
 def _dispatched(
     stats: RoutingStats, sources_LRE: Floats, leg: _Leg, around: ExpertPlacement | None
 ) -> _Terms:
-    """The coefficients of `traffic.distinct` near a placement, or where experts lie evenly."""
-    coactive_LEE, num_experts = stats.coactive_LEE.numpy(), stats.num_experts
-    rows_L = np.maximum(stats.load_LE.numpy().sum(1), 1e-300)
-    all_pairs_L = coactive_LEE.sum((1, 2)) / 2
+    """The coefficients of `traffic.copies` near a placement, or where experts lie evenly."""
+    num_experts, num_ranks = stats.num_experts, len(leg.group_R)
+    in_group_RG = np.eye(int(leg.group_R.max()) + 1)[leg.group_R]
+    # of all pairs, how many are in a group if experts lie evenly
+    even = (1 / in_group_RG.shape[1] - 1 / num_experts) / max(1e-300, 1 - 1 / num_experts)
+    tokens_LR = sources_LRE.sum(2) / stats.rows_per_token_L[:, None]
     travel_LER = np.einsum("lse,sr->ler", sources_LRE, leg.distance_RR)
-    if around is None:
-        held = num_experts / (leg.group_R.max() + 1)
-        pairs_L = all_pairs_L * (held - 1) / max(1, num_experts - 1)
-        travel_L = travel_LER.mean(2).sum(1)
-    else:
-        home_LE = around.home_LE.numpy()
-        group_LE = leg.group_R[home_LE]
-        pairs_L = (coactive_LEE * (group_LE[:, :, None] == group_LE[:, None, :])).sum((1, 2)) / 2
-        travel_L = np.take_along_axis(travel_LER, home_LE[:, :, None], 2).sum((1, 2))
-    most_L = 1 + np.floor(2 * pairs_L / rows_L)
-    saved_L = 2 / (most_L * (most_L + 1))
-    copies_L = 2 / (most_L + 1) - saved_L * pairs_L / rows_L
-    saved_L *= travel_L / rows_L
-    constant = float((saved_L * (pairs_L - all_pairs_L)).sum())
+    copies_L, saved_L, constant = np.ones(len(tokens_LR)), np.zeros(len(tokens_LR)), 0.0
+    for layer, coactive_EE in enumerate(stats.coactive_LEE.numpy() if stats.top_k > 1 else ()):
+        all_pairs = float(coactive_EE.sum()) / 2
+        pairs_G = np.full(in_group_RG.shape[1], all_pairs * even / in_group_RG.shape[1])
+        share_ER, step_G = np.full((num_experts, num_ranks), 1 / num_ranks), STEP * pairs_G
+        if around is not None:
+            share_ER = np.eye(num_ranks)[around.home_LE[layer]]
+            share_EG = share_ER @ in_group_RG
+            pairs_G = ((coactive_EE @ share_EG) * share_EG).sum(0) / 2
+        rows_RR = sources_LRE[layer] @ share_ER
+        rows_RG, travel_RG = rows_RR @ in_group_RG, (rows_RR * leg.distance_RR) @ in_group_RG
+        far_RG = travel_RG / np.maximum(rows_RG, 1e-300)
+        here, fewer = (
+            float((far_RG * copies(rows_RG, pairs, tokens_LR[layer], stats.top_k)).sum())
+            for pairs in (pairs_G, pairs_G + step_G)
+        )
+        copies_L[layer] = here / max(float(travel_RG.sum()), 1e-300)
+        saved_L[layer] = (here - fewer) / max(float(step_G.sum()), 1e-300)
+        constant += saved_L[layer] * (float(pairs_G.sum()) - all_pairs)
     return _Terms(copies_L, copies_L[:, None, None] * travel_LER, saved_L, constant)
 
 
@@ -178,7 +185,7 @@ def _apart(legs: list[_Leg], terms: list[_Terms]) -> Floats:
     """What of a pair's saving is lost if its experts are on these two ranks, [R, R]."""
     lost = [float(term.saved_L.sum()) for term in terms]
     parted = [leg.group_R[:, None] != leg.group_R for leg in legs]
-    return np.average(parted, axis=0, weights=lost) if any(lost) else np.zeros_like(parted[0])
+    return np.average(parted, axis=0, weights=lost) if any(lost) else np.zeros(parted[0].shape)
 
 
 def _hops(topology: Topology, two_level: bool, copies: Sequence[float] = (1.0, 1.0)) -> Floats:

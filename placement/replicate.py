@@ -160,6 +160,8 @@ class _Layer:
         self.load_E = self.rows_RE.sum(0)
         self.counts_RE = torch.from_numpy(np.rint(self.rows_RE).astype(np.int64))
         self.coactive_EE = stats.coactive_LEE[layer].numpy()
+        self.tokens_R = self.rows_RE.sum(1) / stats.rows_per_token_L[layer]
+        self.top_k = max(1, stats.top_k)
         byte_s_RR = 1 / topology.bytes_per_s_RR() / num_ranks
         self.row_s_RR = journeys("home") * shape.row_bytes * byte_s_RR
         fetched_bytes = shape.parameters * (shape.bytes_per_value + GRADIENT_BYTES)
@@ -179,7 +181,13 @@ class _Layer:
         rows_RR, rows_ER = expected_rows(plan, self.rows_RE, self.counts_RE, self.home_E)
         share_ER = rows_ER / np.maximum(self.load_E, 1e-300)[:, None]
         sends_RR = expected_sends(
-            rows_RR, self.coactive_EE, share_ER, self.topology, self.two_level
+            rows_RR,
+            self.coactive_EE,
+            share_ER,
+            self.tokens_R,
+            self.top_k,
+            self.topology,
+            self.two_level,
         )
         cost = priced(sends_RR[None], rows_ER.sum(0)[None], self.topology, self.shape, "home")
         hops_RR = sum(expert_hops(plan.borrowed.tolist(), self.topology.node_of_R))

@@ -126,7 +126,15 @@ def simulate_stats(
             rows_RR, rows_ER = expected_rows(plan, rows_LRE[layer], counts_LRE[layer], home_E)
             share_ER = rows_ER / np.maximum(load_E, 1e-300)[:, None]
             coactive_EE = stats.coactive_LEE[layer].numpy() * scale
-            sends_RR = expected_sends(rows_RR, coactive_EE, share_ER, topology, two_level)
+            sends_RR = expected_sends(
+                rows_RR,
+                coactive_EE,
+                share_ER,
+                rows_LRE[layer].sum(1) / stats.rows_per_token_L[layer],
+                max(1, stats.top_k),
+                topology,
+                two_level,
+            )
             tally.add(layer, plan, rows_RR, sends_RR, _at_home(load_E, home_E, num_ranks))
     tally.end_step(micro_batch * micro_batches * num_ranks)
     return tally.mean()

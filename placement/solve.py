@@ -38,8 +38,9 @@ class Solution:
         judged: the objective's weighted seconds of `cost`, and of the moves.
         saved: weighted seconds by which the placement is better than `start`, moves paid: the
             difference of what is judged, never below 0 where `start` is within the limits. In
-            `batched` with fewer than two domains no cost tells where sequences go; there it is
-            the difference of the formulated problem's values, an estimate that may be too high.
+            `batched` with fewer than two domains no cost tells where sequences go, and placements
+            are chosen by the formulated problem; what is saved is counted as if sequences were
+            dealt out at random, so it is the least that they save and may be below 0.
         value: of the problem that was formulated last (`formulate.problem_of`), near this
             placement where that is no exact image of the cost; start_value: of `start`.
             lower_bound: certified, of that problem's value for every placement within the limits.
@@ -121,8 +122,8 @@ def solve(
     problem, constant = problem_of(*limits)
     exact = method == "exact" or (method == "auto" and is_small(problem))
     judged = _judge(stats, topology, start, objective, problem)
-    start_judged, best = judged(start), start
-    best_judged = np.inf if problem.violations(problem.start_LE) else start_judged
+    best = start
+    best_judged = np.inf if problem.violations(problem.start_LE) else judged(start)
     searching_s = time_limit_s * (0.2 if exact else 1 - BOUND_SHARE)
     rounds = ROUNDS if _is_refined(stats, objective) else 1
     for number in range(rounds):
@@ -152,11 +153,13 @@ def solve(
     value = problem.value(best.home_LE.numpy())
     proven = exact and result.proven and value <= bound + ROUNDING * abs(bound)
     expected = _expected(best, stats, topology, objective)
+    spent = objective.judge(expected) + _moving(start, best, topology, objective)
+    at_start = objective.judge(_expected(start, stats, topology, objective))
     return Solution(
         placement=best,
         cost=expected,
-        judged=objective.judge(expected) + _moving(start, best, topology, objective),
-        saved=start_judged - best_judged,
+        judged=spent,
+        saved=at_start - spent,
         value=value + constant,
         start_value=problem.value(problem.start_LE) + constant,
         lower_bound=min(bound, value) + constant,

@@ -61,6 +61,15 @@ class RoutingStats:
         self.by_domain = Preferences(num_layers, num_experts)
         self._before: tuple[int, int, npt.NDArray[np.int64]] | None = None
 
+    @property
+    def rows_per_token_L(self) -> npt.NDArray[np.float64]:
+        """Mean choices of a token in every layer, float64 [L]; fewer than top_k where some are "no
+        expert". 1 before anything is observed."""
+        rows_L = self.load_LE.sum(1).numpy()
+        return np.divide(
+            rows_L, self.tokens, out=np.ones_like(rows_L), where=rows_L * self.tokens > 0
+        )
+
     @classmethod
     def of_trace(cls, trace: Trace, num_ranks: int | None = None) -> RoutingStats:
         """The statistics of a whole trace.

@@ -26,6 +26,7 @@ from placement.trace import Trace
 
 MODES = ("home", "batched", "coherent")
 BLOCK_TOKENS = 65536
+MOST_TIED = 1 - 1e-9  # correlation of a token's choices of a place
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -146,11 +147,9 @@ def sends_of_stats(
 ) -> Floats:
     """Expected copies per layer, sender and receiver, float64 [L, R, R].
 
-    Exact for one choice per token. For more, the copies that deduplication saves on a rank or node
-    follow from its rows and from the pairs of them that belong to one token: exactly where no
-    token has more than two experts there, else by the sharp lower bound of Dawson and Sankoff
-    (1967); they are shared out over the senders by their rows. In `coherent`, any of a token's
-    choices may be its first, and nothing is saved on the way out.
+    Exact for one choice per token. For more, deduplication is estimated (`copies`); the total is
+    exact for two. In `coherent`, any of a token's choices may be its first, and nothing is saved
+    on the way out.
 
     Raises:
         ValueError: for `batched` without statistics by domain.
@@ -162,6 +161,8 @@ def sends_of_stats(
     if mode == "batched":
         source_LRE = batched_sources(stats, home_LE, num_ranks)
     coactive_LEE, choices = stats.coactive_LEE.numpy(), max(1, stats.top_k)
+    tokens_LR = source_LRE.sum(2) / stats.rows_per_token_L[:, None]
+    in_node_RN = _in_node(topology)
     sends_LRR = np.zeros((stats.num_layers, num_ranks, num_ranks))
     for layer in range(stats.num_layers):
         at_home_ER = at_home_LER[layer].astype(np.float64)
@@ -169,56 +170,97 @@ def sends_of_stats(
         if coherent and layer:
             pair_EE = stats.pair_LEE[layer - 1].numpy() / choices
             rows_RR = at_home_LER[layer - 1].T @ pair_EE @ at_home_ER
-            together_EE = np.zeros_like(coactive_LEE[layer])
+            sends_LRR[layer] = _sent(rows_RR, rows_RR @ in_node_RN, topology, two_level)
         else:
             rows_RR = source_LRE[layer] @ at_home_ER
-            together_EE = coactive_LEE[layer]
-        sends_LRR[layer] = expected_sends(rows_RR, together_EE, at_home_ER, topology, two_level)
+            sends_LRR[layer] = expected_sends(
+                rows_RR,
+                coactive_LEE[layer],
+                at_home_ER,
+                tokens_LR[layer],
+                choices,
+                topology,
+                two_level,
+            )
         if coherent:
             gather_RR = at_home_ER.T @ (coactive_LEE[layer] / choices) @ at_home_ER
             np.fill_diagonal(gather_RR, 0)
-            apart_EE = np.zeros_like(coactive_LEE[layer])
-            sends_LRR[layer] += expected_sends(
-                gather_RR, apart_EE, at_home_ER, topology, two_level
-            ).T
+            sends_LRR[layer] += _sent(gather_RR, gather_RR @ in_node_RN, topology, two_level).T
     return sends_LRR
 
 
 def expected_sends(
-    rows_RR: Floats, coactive_EE: Floats, share_ER: Floats, topology: Topology, two_level: bool
+    rows_RR: Floats,
+    coactive_EE: Floats,
+    share_ER: Floats,
+    tokens_R: Floats,
+    top_k: int,
+    topology: Topology,
+    two_level: bool,
 ) -> Floats:
     """Expected copies per sender and receiver, float64 [R, R], of rows by source and final rank.
 
     Args:
         coactive_EE: tokens that chose both experts; those on one rank travel as one copy.
         share_ER: part of an expert's rows that every rank computes.
+        tokens_R: of every source. top_k: choices of a token, at most.
     """
-    to_RR, to_RN = _copies(rows_RR, coactive_EE, share_ER, topology)
+    in_node_RN = _in_node(topology)
+    to_RR, to_RN = (
+        copies(rows_RX, ((coactive_EE @ share_EX) * share_EX).sum(0) / 2, tokens_R, top_k)
+        for rows_RX, share_EX in (
+            (rows_RR, share_ER),
+            (rows_RR @ in_node_RN, share_ER @ in_node_RN),
+        )
+    )
+    return _sent(to_RR, to_RN, topology, two_level)
+
+
+def _sent(to_RR: Floats, to_RN: Floats, topology: Topology, two_level: bool) -> Floats:
     return _relayed(to_RR, to_RN, topology) if two_level and topology.num_nodes > 1 else to_RR
 
 
-def _copies(
-    rows_RR: Floats, coactive_EE: Floats, share_ER: Floats, topology: Topology
-) -> tuple[Floats, Floats]:
-    """Copies per sender and final rank [R, R], and per sender and node [R, N]."""
-    in_node_RN = np.eye(topology.num_nodes)[list(topology.node_of_R)]
-    found = []
-    for rows, at in ((rows_RR, share_ER), (rows_RR @ in_node_RN, share_ER @ in_node_RN)):
-        pairs = ((coactive_EE @ at) * at).sum(0) / 2
-        total = rows.sum(0)
-        found.append(
-            rows * np.divide(distinct(total, pairs), total, out=total * 0, where=total > 0)
-        )
-    return found[0], found[1]
+def _in_node(topology: Topology) -> Floats:
+    return np.eye(topology.num_nodes)[list(topology.node_of_R)]
 
 
-def distinct(rows: Floats, pairs: Floats) -> Floats:
-    """At least how many tokens have so many rows, of which so many pairs belong to one token.
+def copies(rows_RX: Floats, pairs_X: Floats, tokens_R: Floats, top_k: int) -> Floats:
+    """Expected tokens of every source with a row in each of X places, float64 [R, X].
 
-    Exact if no token has more than two; else the sharp lower bound of Dawson and Sankoff (1967).
+    How often a token comes to a place is taken to follow Polya's distribution (binomial,
+    hypergeometric and beta-binomial are cases of it) with the mean that the rows give. Its variance
+    follows from the pairs: of the room between what independent choices give and all that can be,
+    every source has the same part. The total is exact for one and two choices.
+
+    Args:
+        rows_RX: from every source to every place. pairs_X: pairs of rows of one token in a place,
+            of all sources. tokens_R: of every source. top_k: rows of a token, at most.
     """
-    most = 1 + np.floor(2 * pairs / np.maximum(rows, 1e-300))
-    return 2 / (most + 1) * rows - 2 / (most * (most + 1)) * pairs
+    if top_k == 1:
+        return rows_RX
+    tokens_R1 = tokens_R[:, None]
+    pairs_R1 = tokens_R1 * top_k * (top_k - 1) / 2
+    mean_RX = _over(rows_RX, tokens_R1).clip(None, top_k)
+    # probabilities that a choice is there, and that two are: independent, at least, at most
+    chosen_RX, whole_RX = mean_RX / top_k, np.floor(mean_RX)
+    alone_RX = chosen_RX**2
+    least_RX = whole_RX * (2 * mean_RX - whole_RX - 1) / (top_k * (top_k - 1))
+    most_RX = chosen_RX
+    beyond_X = pairs_X - (pairs_R1 * alone_RX).sum(0)
+    room_RX = np.where(beyond_X > 0, most_RX - alone_RX, alone_RX - least_RX)
+    both_RX = alone_RX + _over(beyond_X, (pairs_R1 * room_RX).sum(0)).clip(-1, 1) * room_RX
+    tied_RX = _over(both_RX - alone_RX, most_RX - alone_RX).clip(None, MOST_TIED)
+    urn_RX = tied_RX / (1 - tied_RX)  # what a draw adds to it
+    missed_RX = 1 - chosen_RX
+    for drawn in range(1, top_k):
+        missed_RX *= (1 - chosen_RX + drawn * urn_RX).clip(0) / (1 + drawn * urn_RX)
+    return tokens_R1 * (1 - missed_RX).clip(chosen_RX, mean_RX.clip(None, 1))
+
+
+def _over(numerator: Floats, denominator: Floats) -> Floats:
+    """The quotient; 0 where there is nothing to divide by."""
+    shape = np.broadcast_shapes(numerator.shape, denominator.shape)
+    return np.divide(numerator, denominator, out=np.zeros(shape), where=denominator > 1e-300)
 
 
 def batched_sources(stats: RoutingStats, home_LE: Ints, num_ranks: int) -> Floats:

@@ -375,9 +375,11 @@ def test_where_domains_rule_solving_moves_experts_and_sequences_in_turn(top_k: i
 
 
 def test_without_domains_the_problem_itself_is_judged() -> None:
+    """It chooses; what is said to be saved is what random sequences would save: here nothing."""
     links = topology(1, 4)
     trace = replace(SyntheticRouter(3, 8, "high").sample(24, 10, 1), domain_T=None)
     stats, start = RoutingStats.of_trace(trace), ExpertPlacement.contiguous(3, 8, 4)
     found = solve(stats, links, start, objective=TRAFFIC, time_limit_s=5)
-    assert found.moves and found.saved == pytest.approx(found.start_value - found.value)
+    assert found.moves and found.value < found.start_value
+    assert found.saved == pytest.approx(0, abs=1e-9 * found.judged)
     assert found.cost.traffic_s == cost(found.placement, stats, links, two_level=True).traffic_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.batches import assign
 from placement.formulate import problem_of
 from placement.objective import AFFINITY, LOAD, MOETUNER, ExpertShape, Objective, cost, trace_cost
+from placement.solve import solve
 from placement.stats import RoutingStats
+from placement.synthetic import SyntheticRouter
 from placement.table import ExpertPlacement
 from placement.topology import Topology
 from placement.trace import Trace
-from placement.traffic import distinct, sends_of_stats, sends_of_trace, sources_of
+from placement.traffic import copies, sends_of_stats, sends_of_trace, sources_of
 from tests.placement.test_stats import some_trace
 
 SHAPE = ExpertShape(hidden=10, parameters=100, bytes_per_value=4)
@@ -115,30 +119,72 @@ def test_expected_sends_are_exact_for_one_choice(
     )
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 6])
-def test_expected_copies_are_exact_for_two_choices_and_never_too_many(top_k: int) -> None:
+@pytest.mark.parametrize(("top_k", "off"), [(2, 1e-12), (3, 0.01), (6, 0.01)])
+@pytest.mark.parametrize("absent", [0, 0.2])
+def test_expected_copies_to_every_rank(top_k: int, off: float, absent: float) -> None:
+    """Exact for two choices; "no expert" among them or not."""
     nodes = topology(2, 2)
     for seed in range(10):
-        trace = some_trace(400, 2, 12, top_k, 4, seed, absent=0)
+        trace = some_trace(1000, 2, 12, top_k, 4, seed, absent=absent)
         placement = some_placement(2, 12, 4, seed)
         stats = RoutingStats.of_trace(trace, 4)
         expected = sends_of_stats(placement, stats, nodes).sum((0, 1))
         exact = sends_of_trace(placement, trace, nodes).sum((0, 1))
-        if top_k == 2:
-            np.testing.assert_allclose(expected, exact, rtol=1e-12)
-        else:
-            assert (expected <= exact + 1e-9).all()
-            assert (expected >= 0.8 * exact).all()
+        np.testing.assert_allclose(expected, exact, rtol=off)
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
-def test_distinct_is_a_lower_bound_that_two_reach(numbers: list[int]) -> None:
-    counts = np.array(numbers)
-    rows, pairs = counts.sum(), (counts * (counts - 1)).sum() / 2
-    bound = float(distinct(np.array([float(rows)]), np.array([pairs]))[0])
-    assert bound <= (counts > 0).sum() + 1e-9
-    if counts.max() <= 2:
-        assert bound == pytest.approx((counts > 0).sum())
+@pytest.mark.parametrize("top_k", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["home", "batched"])
+def test_expected_copies_where_choices_and_sources_are_tied(top_k: int, mode: str) -> None:
+    """Topics on one rank, and in `batched` domains too: what crosses is within 3 %."""
+    nodes = topology(2, 2)
+    trace = SyntheticRouter(2, 16, "domain", num_domains=4).sample(64, 32, top_k)
+    trace = replace(trace, source_T=sources_of(trace, 4))
+    start = ExpertPlacement.contiguous(2, 16, 4)
+    objective = Objective("batched", load_weight=0, shape=SHAPE)
+    stats = RoutingStats.of_trace(trace, 4)
+    placement = solve(stats, nodes, start, objective=objective, time_limit_s=10).placement
+    if mode == "batched":
+        at_home_RT = [
+            (placement.home_LE.numpy() == rank)[np.arange(2)[:, None], trace.ids_TLK].sum((1, 2))
+            for rank in range(4)
+        ]
+        rows_SR = np.stack(at_home_RT, 1).reshape(64, 32, 4).sum(1)
+        trace = replace(trace, source_T=np.repeat(assign(rows_SR, nodes.node_of_R), 32))
+        stats = RoutingStats.of_trace(trace, 4)
+    apart_RR = 1 - np.eye(4)
+    expected = (sends_of_stats(placement, stats, nodes) * apart_RR).sum()
+    exact = (sends_of_trace(placement, trace, nodes) * apart_RR).sum()
+    assert expected == pytest.approx(exact, rel=0.03)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
+def test_copies_are_possible(top_k: int, places: int, sources: int, seed: int) -> None:
+    """Not more than rows or tokens, not fewer than rows / K; two choices are exact in total."""
+    rng = np.random.default_rng(seed)
+    place_STK = rng.choice(places, (sources, 9, top_k), p=rng.dirichlet(np.ones(places)))
+    count_STX = (place_STK[..., None] == np.arange(places)).sum(2)
+    rows_RX, pairs_X = count_STX.sum(1), (count_STX * (count_STX - 1)).sum((0, 1)) / 2
+    tokens_R = np.full(sources, 9.0)
+    found_RX = copies(rows_RX.astype(float), pairs_X, tokens_R, top_k)
+    assert (found_RX <= np.minimum(rows_RX, 9) + 1e-9).all()
+    assert (found_RX >= rows_RX / top_k - 1e-9).all()
+    if top_k <= 2:
+        np.testing.assert_allclose(found_RX.sum(0), (count_STX > 0).sum((0, 1)), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("experts", "held", "top_k"), [(12, 3, 4), (8, 4, 3), (6, 1, 5), (5, 5, 5)]
+)
+def test_copies_of_even_choices_are_hypergeometric(experts: int, held: int, top_k: int) -> None:
+    """All choices alike: a token misses a rank with C(E - H, K) / C(E, K)."""
+    of_rank = top_k * held / experts
+    pairs = comb(top_k, 2) * held * (held - 1) / (experts * (experts - 1))
+    rows_RX = np.array([[of_rank, top_k - of_rank]])
+    found_RX = copies(rows_RX, np.array([pairs, 0.0]), np.ones(1), top_k)
+    missed = comb(experts - held, top_k) / comb(experts, top_k)
+    assert found_RX[0, 0] == pytest.approx(1 - missed, rel=1e-12)
 
 
 def test_seconds_by_hand() -> None:
@@ -225,26 +271,25 @@ def test_two_choices_are_exact_too(per_node: tuple[int, int], two_level: bool) -
 
 @pytest.mark.parametrize("top_k", [3, 4, 8])
 @pytest.mark.parametrize("two_level", [False, True])
-def test_of_more_choices_values_are_near_the_cost_and_never_above(
-    top_k: int, two_level: bool
-) -> None:
-    """One layer, even sources; near a placement the value there is nearly its cost."""
+def test_of_more_choices_values_are_near_the_cost(top_k: int, two_level: bool) -> None:
+    """Near a placement the value there is its cost (with two levels a pair's saving is a mean over the
+    layers); elsewhere it is within 3 %."""
     nodes = topology(2, 2)
-    trace = some_trace(300, 1, 16, top_k, 4, seed=3, absent=0)
-    stats = RoutingStats.of_trace(replace(trace, source_T=None))
+    stats = RoutingStats.of_trace(some_trace(300, 2, 16, top_k, 4, seed=3, absent=0))
     objective = Objective(two_level=two_level, load_weight=0, shape=SHAPE)
-    for near in (None, *(some_placement(1, 16, 4, seed) for seed in range(3))):
+    for near in (None, *(some_placement(2, 16, 4, seed) for seed in range(3))):
         problem, constant = problem_of(
-            stats, nodes, some_placement(1, 16, 4, 0), objective, around=near
+            stats, nodes, some_placement(2, 16, 4, 0), objective, around=near
         )
         for seed in range(6):
-            placement = some_placement(1, 16, 4, seed)
+            placement = some_placement(2, 16, 4, seed)
             expected = cost(placement, stats, nodes, two_level=two_level, shape=SHAPE).traffic_s
             value = problem.value(placement.home_LE.numpy()) + constant
-            assert value <= expected * (1 + 1e-12)
+            assert value == pytest.approx(expected, rel=0.03)
         if near is not None:
             expected = cost(near, stats, nodes, two_level=two_level, shape=SHAPE).traffic_s
-            assert problem.value(near.home_LE.numpy()) + constant > 0.97 * expected
+            value = problem.value(near.home_LE.numpy()) + constant
+            assert value == pytest.approx(expected, rel=1e-3 if two_level else 1e-9)
 
 
 def test_near_a_placement_sources_are_where_its_sequences_are() -> None:

@@ -61,7 +61,10 @@ def test_bounds_hold_and_the_best_is_found(method: str, objective: Objective) ->
     mode = "home" if objective.mode == "batched" else objective.mode
     assert found.cost.seconds == cost(found.placement, stats, topology, mode=mode).seconds
     assert found.judged == pytest.approx(objective.judge(found.cost), rel=1e-12)
-    assert found.saved == pytest.approx(found.start_value - found.value, rel=1e-9)
+    at_start = objective.judge(cost(start, stats, topology, mode=mode))
+    assert found.saved == pytest.approx(at_start - found.judged, rel=1e-9)
+    if objective.mode != "batched":
+        assert found.saved == pytest.approx(found.start_value - found.value, rel=1e-9)
 
 
 def judged(
@@ -147,12 +150,12 @@ def test_what_is_found_saves_nearly_all_that_any_placement_can(
 
 
 def test_formulating_anew_finds_what_pairs_at_first_overrate() -> None:
-    """Of four choices more come to one rank in the end than at first, and save less each."""
+    """Of eight choices more come to one rank in the end than at first, and save less each."""
     topology, gains = nodes(2, 2), []
     objective = Objective(two_level=True, load_weight=0.0, shape=SHAPE)
     start = ExpertPlacement.contiguous(1, 16, 4)
-    for seed in (1, 5, 6):
-        stats = uneven(1, 16, 4, 4, seed)
+    for seed in (1, 4, 5):
+        stats = uneven(1, 16, 4, 8, seed)
         problem, constant = problem_of(stats, topology, start, objective)
         first = ExpertPlacement(torch.from_numpy(search(problem, time_limit_s=5)), 4)
         found = solve(stats, topology, start, method="search", objective=objective, time_limit_s=5)
@@ -160,7 +163,7 @@ def test_formulating_anew_finds_what_pairs_at_first_overrate() -> None:
         gains.append(1 - judged(found.placement, stats, topology, objective) / before)
         at_first = problem.value(first.home_LE.numpy()) + constant
         assert at_first < 0.9 * before
-        assert 0.95 * found.judged < found.value < 1.05 * found.judged
+        assert found.value == pytest.approx(found.judged, rel=1e-9)
     assert min(gains) >= 0 and max(gains) > 1e-3
 
 

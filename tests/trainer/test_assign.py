@@ -139,8 +139,8 @@ def statistics(engine: TorchEngine, dataset: PackedDataset) -> RoutingStats:
     return stats.with_sources(engine.mesh.ep_size)
 
 
-def run(ep: int, ranks_per_node: int, assign: bool) -> dict[str, Any]:
-    """Train with experts placed for assigned sequences; losses, bytes and parameters by key."""
+def run(ep: int, ranks_per_node: int, place: bool, assign: bool) -> dict[str, Any]:
+    """Train, with experts placed for assigned sequences; losses, bytes and parameters by key."""
     engine = make_engine(ep, dtype=torch.float64)
     tell_apart(engine)
     dataset, mesh = corpus(), engine.mesh
@@ -148,31 +148,44 @@ def run(ep: int, ranks_per_node: int, assign: bool) -> dict[str, Any]:
     stats = statistics(engine, dataset)
     start = ExpertPlacement.contiguous(2, EXPERTS, ep)
     batched = Objective(mode="batched", load_weight=0)
-    placement = solve(stats, links, start, objective=batched, method="search").placement
+    found = solve(stats, links, start, objective=batched, method="search")
+    placement = found.placement if place else start
     engine.relocate(placement)
     size: Any = SimpleNamespace(ep_size=ep, edp_size=mesh.edp_size, ranks_per_node=ranks_per_node)
     assigner = SequenceAssigner(dataset, size, links)
     if assign:
         assigner.update(stats.by_token.rows_per_rank(placement.home_LE.numpy(), ep))
-    losses, sent = [], 0.0
+    losses, sent = [], []
     for ids in batches(dataset):
         ordered = assigner.order(ids)
         micro_batches = dataset.micro_batches(ordered, mesh.rank, mesh.world_size, 2)
         metrics = engine.train_step(micro_batches).metrics
         losses += [metrics["train/loss"], metrics["train/grad_norm"]]
-        sent += metrics["moe/bytes_within_nodes"] + metrics["moe/bytes_across_nodes"]
+        sent.append(metrics["moe/bytes_within_nodes"] + metrics["moe/bytes_across_nodes"])
     state = {}
     for key, value in model_state(engine.model).items():
         state[key] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
     return {"losses": losses, "sent": sent, "state": state}
 
 
-@pytest.mark.parametrize(("world", "ep", "left"), [(2, 2, 0.95), (4, 4, 0.96), (4, 2, 0.95)])
-def test_training_is_the_same_and_sends_less(world: int, ep: int, left: float) -> None:
-    plain, assigned = (run_ranks(run, world, ep, ep, assign) for assign in (False, True))
-    for before, after in zip(plain, assigned, strict=True):
+@pytest.mark.parametrize(
+    ("world", "ep", "placing", "assigning"),
+    [(2, 2, 0.67, 1.0), (4, 4, 0.88, 0.95), (4, 2, 0.67, 1.0)],
+)
+def test_training_is_the_same_and_sends_less(
+    world: int, ep: int, placing: float, assigning: float
+) -> None:
+    """Bytes are compared of the first step, whose routing the experts were placed for. At EP 2
+    the placement found is as good wherever the sequences are."""
+    plain, placed, assigned = (
+        run_ranks(run, world, ep, ep, place, assign)
+        for place, assign in ((False, False), (True, False), (True, True))
+    )
+    for start, before, after in zip(plain, placed, assigned, strict=True):
+        assert before["losses"] == pytest.approx(start["losses"], rel=1e-9)
         assert after["losses"] == pytest.approx(before["losses"], rel=1e-9)
         assert before["state"].keys() == after["state"].keys()
         for key, value in before["state"].items():
             torch.testing.assert_close(after["state"][key], value, rtol=1e-9, atol=1e-9, msg=key)
-        assert after["sent"] < left * before["sent"]
+        assert before["sent"][0] <= placing * start["sent"][0]
+        assert after["sent"][0] <= assigning * before["sent"][0]
