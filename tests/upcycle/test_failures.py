@@ -19,6 +19,7 @@ from tests.upcycle.models import SIZES, logits, random_model, saved
 from trainer.export import export_model
 from trainer.upcycle.__main__ import main
 from trainer.upcycle.advice import advice
+from trainer.upcycle.convert import RECEIPT
 from trainer.upcycle.model import UpcycledModel
 from trainer.upcycle.plan import make_plan
 from trainer.upcycle.recipes.copy import Copy
@@ -248,3 +249,22 @@ def test_parts_need_their_granularity(tmp_path: Path) -> None:
     model = saved(random_model("llama"), tmp_path / "dense")
     with pytest.raises(ValueError, match=r"recipe\.granularity \(2\) must divide recipe\.top_k"):
         Split(8, 3, granularity=2).layout(model.shape)
+
+
+@pytest.mark.parametrize("target", ["qwen3_moe", "qwen2_moe", "mixtral", "flex_olmo", "glm4_moe"])
+def test_scores_that_collide_in_bf16(target: str, tmp_path: Path) -> None:
+    """Parts of one copy have one score; where bf16 lets other copies have it too, fp32 judges."""
+    sources = {"flex_olmo": "olmo2", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+    family = sources.get(target, "llama")
+    routing = "sigmoid" if target == "glm4_moe" else "renormalised"
+    for seed in range(2):
+        dense = random_model(family, seed=seed, intermediate_size=64)
+        source = saved(dense, tmp_path / f"{seed}", torch.bfloat16)
+        arguments = [f"source={source.checkpoint.path}", f"target_dir={tmp_path / f'moe{seed}'}"]
+        arguments += ["recipe=split", "recipe.granularity=4", f"target={target}", "recipe.top_k=8"]
+        arguments += ["recipe.num_experts=64", f"routing={routing}"]
+        assert main(arguments) == 0
+        assert main(["verify", str(tmp_path / f"moe{seed}")]) == 0
+        receipt = json.loads((tmp_path / f"moe{seed}" / RECEIPT).read_text())
+        assert receipt["exact"]
+        assert receipt["measured"]["outputs"].endswith("run in fp32") == (target != "glm4_moe")

@@ -58,8 +58,7 @@ def _upcycled(model: UpcycledModel) -> Iterator[str]:
         )
     if scores is Scores.equal:
         yield "all scores are equal, and tokens go to the same experts; router.std > 0 spreads them"
-    whole = getattr(model.config, "n_group", 1) > 1
-    if layout.num_rows < layout.num_experts and not whole and not model.target.fp32_scores:
+    if model.scores_collide:
         yield (
             "this trainer keeps routers in fp32; elsewhere in bf16, scores of copies collide and a "
             "few tokens in a thousand get parts of several copies, which target=glm4_moe "

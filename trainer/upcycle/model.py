@@ -101,8 +101,17 @@ class UpcycledModel:
     @property
     def inexact(self) -> str:
         """Why the MoE does not begin as the dense model did; empty if it does."""
-        whole_groups = getattr(self.config, "n_group", 1) > 1
-        return self.layout.inexact_for(self.routing, self.router.scores, whole_groups)
+        return self.layout.inexact_for(self.routing, self.router.scores, self._whole_groups)
+
+    @property
+    def scores_collide(self) -> bool:
+        """Whether plain transformers, run in bf16, give some tokens parts of several copies."""
+        one_row_each = self.layout.num_rows == self.layout.num_experts
+        return not (one_row_each or self._whole_groups or self.target.fp32_scores)
+
+    @property
+    def _whole_groups(self) -> bool:
+        return bool(getattr(self.config, "n_group", 1) > 1)
 
     def noted(self) -> dict[str, Any]:
         """What was chosen, for the receipt, and the hashes of files besides the sources."""

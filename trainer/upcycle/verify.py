@@ -241,17 +241,19 @@ def outputs(plan: Plan, target: Path) -> Step:
     rounded = want if dtype is torch.float32 else dense.to(dtype)(tokens).logits.float()
     kl = F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none")
     step = _judged(plan, "outputs", _difference(got, want, rounded, dtype))
-    return Step(step.name, step.good, f"{step.outcome}; KL {kl.sum(-1).mean():.1e}")
+    run = "" if runs_in is plan.form.model.dtype else "; run in fp32"
+    return Step(step.name, step.good, f"{step.outcome}; KL {kl.sum(-1).mean():.1e}{run}")
 
 
 def _dtypes(plan: Plan) -> tuple[torch.dtype, torch.dtype]:
     """What the MoE is run in, and what else its weights have been rounded to.
 
-    An MoE that grew is run in fp32, as its source: rounding alone changes what routers choose.
+    Where scores that are rounded to bf16 change what routers choose it is run in fp32, and an MoE
+    that grew is compared with its source in fp32.
     """
     model, stored = plan.model, plan.form.model.dtype
     if isinstance(model, UpcycledModel):
-        return stored, stored
+        return torch.float32 if model.scores_collide else stored, stored
     kept = plan.config.dtype is None and not model.recipe.apart
     return torch.float32, torch.float32 if kept else stored
 
