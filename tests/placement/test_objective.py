@@ -272,8 +272,8 @@ def test_two_choices_are_exact_too(per_node: tuple[int, int], two_level: bool) -
 @pytest.mark.parametrize("top_k", [3, 4, 8])
 @pytest.mark.parametrize("two_level", [False, True])
 def test_of_more_choices_values_are_near_the_cost(top_k: int, two_level: bool) -> None:
-    """Near a placement the value there is its cost (with two levels a pair's saving is a mean over the
-    layers); elsewhere it is within 3 %."""
+    """Near a placement the value there is its cost (with two levels a pair's saving is a mean over
+    the layers); elsewhere it is within 3 %."""
     nodes = topology(2, 2)
     stats = RoutingStats.of_trace(some_trace(300, 2, 16, top_k, 4, seed=3, absent=0))
     objective = Objective(two_level=two_level, load_weight=0, shape=SHAPE)
