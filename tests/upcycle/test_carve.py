@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from configs.compose import load_upcycle
 from configs.upcycle_schema import Routing
 from placement.batches import assign_by_cost
 from tests.families import tiny_config
@@ -26,6 +27,7 @@ from trainer.upcycle.clusters import balanced_kmeans
 from trainer.upcycle.dense import DenseModel
 from trainer.upcycle.layout import DenseShape, Matrix
 from trainer.upcycle.model import UpcycledModel
+from trainer.upcycle.plan import make_plan
 from trainer.upcycle.recipe import LayerFFN
 from trainer.upcycle.recipes.carve import Carve, activity, distances, marks, neurons
 from trainer.upcycle.routers import Random, RouterInit, Zero
@@ -353,3 +355,22 @@ def test_one_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     said = " ".join(capsys.readouterr().out.split())
     assert "4 of width 8, top 4, shared expert of 16" in said and "FAILED" not in said
     assert "begins as the dense model │ yes" in said and "copies collide" not in said
+
+
+def test_the_text_is_part_of_the_conversion(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is written where it is missing, and another text is another one."""
+    text = tmp_path / "text.txt"
+    dense("llama", folder)
+    overrides = [f"source={folder / 'llama'}", f"target_dir={tmp_path / 'moe'}", "recipe=carve"]
+    overrides += ["recipe.method=activation", "recipe.length=50", f"recipe.calibration={text}"]
+    for command in (overrides, [*overrides, "dry_run=true"]):
+        assert main(command) == 2
+        assert "must be a text file in UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+    identities = []
+    for line in ("one text " * 50, "another one " * 50):
+        text.write_text(line)
+        identities.append(make_plan(load_upcycle(*overrides)).identity([]))
+    assert identities[0] != identities[1]

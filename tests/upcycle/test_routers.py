@@ -310,7 +310,7 @@ def test_one_command(router: str, folder: Path, tmp_path: Path) -> None:
     )
     receipt = json.loads((target / RECEIPT).read_text())
     assert receipt["exact"] and "bit for bit" in receipt["measured"]["tensors"]
-    assert len(receipt["router_files"]) == {"attention": 0, "prompts": 1, "ridge": 2}[router]
+    assert len(receipt["other_files"]) == {"attention": 0, "prompts": 1, "ridge": 2}[router]
     assert main(["verify", str(target)]) == 0
 
 

@@ -75,6 +75,7 @@ class UpcycledModel:
         self.scale = scale
         self._form = HFFormat(self.config)
         self._refuse_lost()
+        recipe.check(models)
         router.check(models, self.layout.num_rows)
 
     @property
@@ -115,9 +116,10 @@ class UpcycledModel:
 
     def noted(self) -> dict[str, Any]:
         """What was chosen, for the receipt, and the hashes of files besides the sources."""
-        hashes = {str(path): sha256(path) for path in self.router.files}
+        files = [*self.recipe.files, *self.router.files]
+        hashes = {str(path): sha256(path) for path in files}
         factor = self.layout.factor(self.routing)
-        return {"target": self.family, "factor": factor, "router_files": hashes}
+        return {"target": self.family, "factor": factor, "other_files": hashes}
 
     def logical_keys(self) -> list[str]:
         """Every key that `read` knows."""

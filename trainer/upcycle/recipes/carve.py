@@ -9,8 +9,10 @@ n neurons, t tokens, H hidden, N clusters, K marks of a token.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,11 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from placement.batches import assign_by_cost
-from trainer.upcycle.calibration import ffn_inputs, text_tokens
+from trainer.upcycle.calibration import Tokens, ffn_inputs, text_tokens
 from trainer.upcycle.clusters import balanced_kmeans
 from trainer.upcycle.dense import DenseModel
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice, check_experts
-from trainer.upcycle.recipe import LayerFFN
+from trainer.upcycle.recipe import LayerFFN, Recipe
 
 METHODS = ("random", "kmeans", "activation")
 ROWS = ("up", "gate")
@@ -31,7 +33,7 @@ ROUNDS = 20  # of k-means, at most
 
 
 @dataclass(frozen=True)
-class Carve:
+class Carve(Recipe):
     """Every neuron in one expert.
 
     Args:
@@ -77,6 +79,19 @@ class Carve:
             parts=self.num_experts,
             inexact=some if self.top_k < self.num_experts else "",
         )
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(self.calibration)] if self.calibration else []
+
+    def check(self, models: Sequence[DenseModel]) -> None:
+        if self.method == "activation":
+            self.text(models[0])
+
+    def text(self, model: DenseModel) -> Tokens:
+        """What the model is run on."""
+        path, number = model.checkpoint.path, self.sequences
+        return text_tokens(path, self.calibration, sequences=number, length=self.length)
 
     def expert(self, ffn: LayerFFN, expert: int, matrix: Matrix) -> Tensor:
         return ffn.take(matrix, self._neurons(ffn)[expert])
@@ -142,10 +157,8 @@ def marks(recipe: Carve, model: DenseModel) -> list[Tensor]:
 
     The dense model is run once, whole, in the dtype of its files.
     """
-    path = model.checkpoint.path
-    tokens = text_tokens(path, recipe.calibration, sequences=recipe.sequences, length=recipe.length)
     found: dict[int, list[Tensor]] = defaultdict(list)
-    for layer, x_tH in ffn_inputs(path, tokens):
+    for layer, x_tH in ffn_inputs(model.checkpoint.path, recipe.text(model)):
         found[layer].append(activity(model, layer, x_tH).topk(recipe.marks, dim=1).indices)
     return [torch.cat(found[layer]) for layer in range(model.shape.num_layers)]
 

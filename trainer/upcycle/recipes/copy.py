@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_experts
-from trainer.upcycle.recipe import LayerFFN, no_shared
+from trainer.upcycle.recipe import LayerFFN, Recipe
 
 
 @dataclass(frozen=True)
-class Copy:
+class Copy(Recipe):
     """Copies.
 
     Args:
@@ -39,5 +39,3 @@ class Copy:
             return ffn.take(matrix)
         width = ffn.models[0].shape.width
         return ffn.take(matrix, torch.randperm(width, generator=ffn.generator(expert, "order")))
-
-    shared = no_shared

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice, check_experts
-from trainer.upcycle.recipe import LayerFFN, no_shared
+from trainer.upcycle.recipe import LayerFFN, Recipe
 
 PAIRINGS = ("paired", "independent")
 
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(Recipe):
     """Copies with some neurons drawn anew.
 
     New weights are normal with mean and deviation of those that they replace.
@@ -68,5 +68,3 @@ class Drop:
         else:
             new = old.mean() + old.std(correction=0) * draw
         return whole.index_copy(dim, chosen_n, new.to(whole.dtype))
-
-    shared = no_shared

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice
-from trainer.upcycle.recipe import LayerFFN
+from trainer.upcycle.recipe import LayerFFN, Recipe
 from trainer.upcycle.recipes.split import check_granularity
 
 STARTS = ("half", "silent")
 
 
 @dataclass(frozen=True)
-class Innovator:
+class Innovator(Recipe):
     """D x G routed experts, those of a discipline one after another and with one router row.
 
     The first source is the general model, whose attention, norms and embeddings are kept; the

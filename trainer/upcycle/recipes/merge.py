@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice, check_experts
-from trainer.upcycle.recipe import LayerFFN, no_shared
+from trainer.upcycle.recipe import LayerFFN, Recipe
 
 RESTS = ("mean", "first")
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Recipe):
     """As many experts as models and copies, those of a model one after another.
 
     Args:
@@ -46,5 +46,3 @@ class Merge:
 
     def expert(self, ffn: LayerFFN, expert: int, matrix: Matrix) -> Tensor:
         return ffn.take(matrix, model=expert // self.copies)
-
-    shared = no_shared

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_experts
-from trainer.upcycle.recipe import LayerFFN
+from trainer.upcycle.recipe import LayerFFN, Recipe
 from trainer.upcycle.recipes.split import check_granularity
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Recipe):
     """A shared expert and routed ones.
 
     Args:

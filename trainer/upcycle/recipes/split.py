@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.upcycle.layout import DenseShape, Layout, Matrix, check_choice, check_experts
-from trainer.upcycle.recipe import LayerFFN, no_shared
+from trainer.upcycle.recipe import LayerFFN, Recipe
 
 ORDERS = ("copy", "part")
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Recipe):
     """Parts of copies.
 
     Args:
@@ -51,8 +51,6 @@ class Split:
         width = ffn.models[0].shape.width // self.granularity
         _, part = self._copy_and_part(expert)
         return ffn.take(matrix, slice(part * width, (part + 1) * width))
-
-    shared = no_shared
 
     def _copy_and_part(self, expert: int) -> tuple[int, int]:
         if self.order == "copy":
