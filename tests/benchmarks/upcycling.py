@@ -4,9 +4,9 @@
 
 For every seed a dense byte model is trained on the standard library, converted by every recipe, and
 each way to go on gets as many operations as the dense training took, on the same text in the same
-order: dense continuation, the recipes, an MoE of the same size from scratch. All train by one plain
-loop around `transformers` models, learning rate back to its peak and down again unless said
-otherwise. `--from FILE ...` prints the table of runs that were made before.
+order: dense continuation, the recipes that take one dense model, an MoE of the size of `copy` from
+scratch. All train by one plain loop around `transformers` models, learning rate back to its peak
+and down again unless said otherwise. `--from FILE ...` prints the table of runs made before.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ RECIPES: dict[str, tuple[list[str], float]] = {
     "shared": (
         ["recipe=shared", "target=glm4_moe", "routing=sigmoid"], 1.0
     ),
+    "carve": (["recipe=carve", "recipe.num_experts=8", "recipe.top_k=4"], 1.0),
 }  # fmt: skip
 
 
