@@ -25,7 +25,7 @@ from parallel.relocate import Relocation, relocate
 from parallel.step import optimizer_step
 from parallel.tune import ChunkTuner
 from placement.table import ExpertPlacement
-from trainer.balance import Balancer
+from trainer.balance.base import Balancer
 from trainer.metrics import Metric, reduce_metrics
 from trainer.optim import grad_norm_
 from trainer.routing import routing_metrics
@@ -102,7 +102,7 @@ class TorchEngine:
         model.to(mesh.device)
         self.model: Any = model
         for balancer in balancers:
-            balancer.attach(self.model)
+            balancer.attach(self.model, mesh)
         if recompute:
             settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
@@ -158,10 +158,12 @@ class TorchEngine:
         norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
+        balance = {n: value for b in self.balancers for n, value in b.losses().items()}
         metrics = reduce_metrics(
             {
                 "train/loss": Metric.sum(float(total_loss) / num_tokens),
-                "train/balance_loss": Metric.sum(sum(float(b.loss()) for b in self.balancers)),
+                "train/balance_loss": Metric.sum(sum(balance.values())),
+                **{f"balance/{name}": Metric.sum(value) for name, value in balance.items()},
                 **routing_metrics(collected, home_LE, self.mesh, self.row_activation_bytes),
                 **{f"phase/{name}_s": Metric.max(s) for name, s in seconds.items() if time_layers},
             },

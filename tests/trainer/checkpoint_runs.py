@@ -15,7 +15,7 @@ from parallel.model import parallelize
 from parallel.planners import home_plan
 from placement.table import ExpertPlacement
 from tests.families import tiny_config
-from trainer.balance import LossFreeBias
+from trainer.balance.bias import LossFreeBias
 from trainer.checkpoint import Checkpointer, CheckpointError
 from trainer.engine import TorchEngine
 from trainer.state import model_state, optimizer_state

@@ -16,7 +16,9 @@ from parallel.planners import home_plan
 from tests.parallel.test_families import full_model
 from tests.parallel.test_layer import RandomPlanner
 from tests.ranks import run_ranks
-from trainer.balance import AuxiliaryLoss, LossFreeBias, auxiliary_loss
+from tests.trainer.balance_loops import auxiliary, by_sequence, moved_bias, z
+from trainer.balance.bias import LossFreeBias
+from trainer.balance.losses import AuxiliaryLoss, ZLoss
 from trainer.engine import TorchEngine
 from trainer.state import model_state
 
@@ -24,7 +26,13 @@ STEPS, SEQUENCES, LENGTH = 3, 8, 10
 BALANCERS: dict[str, Any] = {
     "none": list,
     "auxiliary": lambda: [AuxiliaryLoss(0.3)],
+    "sequence": lambda: [AuxiliaryLoss(0.3, scope="sequence")],
+    "global": lambda: [AuxiliaryLoss(0.3, scope="global_batch")],
+    "z": lambda: [ZLoss(0.3)],
     "bias": lambda: [LossFreeBias(0.05)],
+    "changing bias": lambda: [
+        LossFreeBias(0.05, update="proportional", schedule="inverse", recentre=True)
+    ],
 }
 
 
@@ -78,6 +86,19 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": metrics, "state": state, "counts": counts}
 
 
+def balancing_term(
+    case: dict[str, Any], logits_TE: Tensor, ids_TK: Tensor, counts_E: Tensor, sequences: int
+) -> Any:
+    """A layer's loss of one micro-batch; counts of all ranks in the step so far."""
+    if case["balancer"] == "auxiliary":
+        return auxiliary(logits_TE, ids_TK)
+    if case["balancer"] == "sequence":
+        return by_sequence(logits_TE, ids_TK, sequences, sigmoid=case["family"] == "glm4_moe")
+    if case["balancer"] == "global":
+        return auxiliary(logits_TE, ids_TK, counts=counts_E.tolist())
+    return z(logits_TE) if case["balancer"] == "z" else None
+
+
 def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
     """The same training with the unsplit model on one process."""
     model: Any = full_model(case["family"])
@@ -93,9 +114,11 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
         tokens = int((batch["labels"] != -100).sum())
         total, extra = 0.0, 0.0
         counts: Any = 0
-        world = case["world"]
-        for rank in range(world):
-            for part in torch.arange(rank, SEQUENCES, world).chunk(case["accumulate"]):
+        world, accumulate = case["world"], case["accumulate"]
+        for number in range(accumulate):
+            parts, losses_of, seen_of = [], [], []
+            for rank in range(world):  # all ranks' micro-batches of one number
+                part = torch.arange(rank, SEQUENCES, world).chunk(accumulate)[number]
                 seen.clear()
                 logits = model(
                     input_ids=batch["input_ids"][part],
@@ -105,32 +128,39 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
                 loss = F.cross_entropy(
                     logits.flatten(0, 1), batch["labels"][part].flatten(), reduction="sum"
                 )
-                loss = loss / tokens
-                total += float(loss.detach())
-                if case["balancer"] == "auxiliary":
-                    for router_logits, ids in seen:
-                        share = len(part) / SEQUENCES / len(blocks)
-                        term = 0.3 * auxiliary_loss(router_logits, ids) * share
-                        extra += float(term.detach())
-                        loss = loss + term
+                total += float(loss.detach()) / tokens
+                parts.append(part)
+                losses_of.append(loss / tokens)
+                seen_of.append(list(seen))
                 num_experts = blocks[0].experts.num_experts
                 counts = counts + torch.stack(
                     [torch.bincount(ids.flatten(), minlength=num_experts) for _, ids in seen]
                 )
-                loss.backward()
+            for part, loss, routed in zip(parts, losses_of, seen_of, strict=True):
+                for layer, (router_logits, ids) in enumerate(routed):
+                    term = balancing_term(case, router_logits, ids, counts[layer], len(part))
+                    if term is not None:
+                        term = 0.3 * term * len(part) / SEQUENCES / len(blocks)
+                        extra += float(term.detach())
+                        loss = loss + term
+                loss.backward(retain_graph=True)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if case["clip"]:
             nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
         optimizer.step()
         optimizer.zero_grad()
-        if case["balancer"] == "bias":
-            for block, counts_E in zip(blocks, counts.double(), strict=True):
-                for module in block.modules():
-                    bias = getattr(module, "e_score_correction_bias", None)
-                    if bias is not None:
-                        update = 0.05 * torch.sign(counts_E.mean() - counts_E)
-                        bias.data += update.to(bias).view_as(bias)
-                        break
+        if "bias" in case["balancer"]:
+            for block, counts_E in zip(blocks, counts, strict=True):
+                bias = next(
+                    m.e_score_correction_bias
+                    for m in block.modules()
+                    if hasattr(m, "e_score_correction_bias")
+                )
+                if case["balancer"] == "bias":
+                    moved = moved_bias(bias, counts_E, 0.05)
+                else:
+                    moved = moved_bias(bias, counts_E, 0.05 / (step + 1), "proportional", True)
+                bias.data.copy_(moved.view_as(bias))
         losses.append(total)
         balance.append(extra)
         norms.append(float(norm))
@@ -149,12 +179,12 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
 
 def check(case: dict[str, Any]) -> None:
     results, oracle = run_ranks(engine_run, case["world"], case), oracle_run(case)
-    keys = set()
+    rel, keys = case.get("rel", 1e-9), set()
     for result in results:
         for step in range(STEPS):
             metrics = result["metrics"][step]
-            assert metrics["train/loss"] == pytest.approx(oracle["losses"][step], rel=1e-9)
-            assert metrics["train/grad_norm"] == pytest.approx(oracle["norms"][step], rel=1e-9)
+            assert metrics["train/loss"] == pytest.approx(oracle["losses"][step], rel=rel)
+            assert metrics["train/grad_norm"] == pytest.approx(oracle["norms"][step], rel=rel)
             assert metrics["train/balance_loss"] == pytest.approx(
                 oracle["balance"][step], rel=1e-6, abs=1e-12
             )
@@ -162,8 +192,8 @@ def check(case: dict[str, Any]) -> None:
             torch.testing.assert_close(
                 value,
                 oracle["state"][key],
-                rtol=1e-7,
-                atol=1e-8,
+                rtol=max(1e-7, rel),
+                atol=max(1e-8, rel),
                 msg=key,
             )
         keys.update(result["state"])
@@ -188,13 +218,34 @@ def test_experts_split_within_themselves() -> None:
     check({**BASE, "world": 4, "ep": 2, "accumulate": 1, "family": "two_experts"})
 
 
+@pytest.mark.parametrize("balancer", ["bias", "changing bias"])
 @pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
-def test_loss_free_bias(family: str) -> None:
-    check({**BASE, "world": 2, "ep": 2, "accumulate": 2, "family": family, "balancer": "bias"})
+def test_loss_free_bias(family: str, balancer: str) -> None:
+    check({**BASE, "world": 2, "ep": 2, "accumulate": 2, "family": family, "balancer": balancer})
 
 
-def test_auxiliary_loss() -> None:
-    check({**BASE, "world": 4, "ep": 2, "accumulate": 2, "balancer": "auxiliary"})
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("balancer", "family"),
+    [
+        ("auxiliary", "qwen3_moe"),
+        ("sequence", "qwen3_moe"),
+        ("global", "qwen3_moe"),
+        ("z", "mixtral"),
+    ],
+)
+def test_balancing_losses(balancer: str, family: str, recompute: bool) -> None:
+    """Against loops over tokens, on ranks with micro-batches; a repeated forward adds nothing."""
+    check(
+        {**BASE, "world": 4, "ep": 2, "accumulate": 2, "balancer": balancer, "family": family}
+        | {"recompute": recompute}
+    )
+
+
+def test_sequence_loss_of_sigmoids() -> None:
+    """This family's router computes in fp32, whatever the model does: as near as that."""
+    case = {**BASE, "world": 2, "ep": 2, "accumulate": 2, "balancer": "sequence"}
+    check(case | {"family": "glm4_moe", "optimizer": "sgd", "rel": 1e-6})
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "phimoe"])

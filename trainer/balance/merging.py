@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.layer import ExpertParallel
+from parallel.mesh import ParallelMesh
 from parallel.model import moe_layers
+from trainer.balance.base import Balancer
 
 BLOCK = 2**18  # elements of an expert that are multiplied at a time, in float64
 DECIMALS = 9  # cosines that differ by less are ties: sums in another order give no other neighbours
 
 
-class MergeExperts:
+class MergeExperts(Balancer):
     """Moves every expert a little towards those most like it (SPES), less and less.
 
     After every `interval`-th applied optimizer step t, while t < steps, in every layer:
@@ -54,7 +56,7 @@ class MergeExperts:
         self.interval, self.alpha, self.steps, self.neighbours = interval, alpha, steps, neighbours
         self.step = 0
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
         num_experts = moe_layers(model)[0][1].num_experts
         if self.neighbours >= num_experts:
             raise ValueError(
@@ -62,9 +64,6 @@ class MergeExperts:
                 f"{num_experts - 1}: a layer has {num_experts} experts; use fewer neighbours"
             )
         self.model = model
-
-    def before_step(self, num_positions: int) -> None:
-        pass
 
     @torch.no_grad()
     def after_step(self, counts_LE: Tensor) -> dict[str, float]:
@@ -82,9 +81,6 @@ class MergeExperts:
                 if parameter.requires_grad:
                     merge_(layer, parameter, neighbours_EK.tolist(), rate)
         return {"balance/merge_similarity": sum(similarities) / len(layers)}
-
-    def loss(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

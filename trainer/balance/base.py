@@ -1,0 +1,133 @@
+"""What balancers are: they nudge what routers prefer, around every optimizer step.
+
+T tokens on this rank, K choices, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from parallel.decisions import is_replaying
+from parallel.mesh import ParallelMesh
+from parallel.model import moe_blocks, router_of
+from trainer.balance.schedule import Schedule
+
+
+class Balancer:
+    """Acts on a parallelized model before it is sharded, then around every optimizer step.
+
+    By itself it does nothing.
+    """
+
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        """Find the routers; once, after `parallelize` and before sharding."""
+
+    def before_step(self, num_positions: int) -> None:
+        """Begin a step whose global batch has so many positions."""
+
+    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
+        """End a step that was applied, in which the experts got so many rows over the global
+        batch; metrics by name."""
+        return {}
+
+    def losses(self) -> dict[str, float]:
+        """This rank's shares of the balancing losses of the step, by name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class RouterLoss(Balancer):
+    """A loss of what routers put out, times a coefficient, averaged over layers and positions.
+
+    It joins the gradient at the weights that leave the router, so that it runs through the router
+    in the backward pass of its own layer, while the layer's parameters are gathered. It is never
+    mixed into the reported language-model loss. Validation has none.
+
+    Attributes:
+        name: of the balancer in the configuration, and of its loss in the metrics.
+        coefficient: by optimizer step.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, coefficient: Schedule) -> None:
+        self.coefficient = coefficient
+        self.step, self.num_positions = 1, 1
+        self.total = torch.zeros(())  # stays on the device until the step is over
+
+    @abstractmethod
+    def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """The loss of one layer for the tokens of a micro-batch on this rank, their mean.
+
+        Args:
+            ids_TK: chosen experts; E for "no expert".
+        """
+
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        blocks = moe_blocks(model)
+        for layer, (name, block) in enumerate(blocks):
+            router = router_of(block)
+            if router is None:
+                raise ValueError(f"balance: no router found in {name}; use balance=none")
+            router.register_forward_hook(partial(self._join, layer=layer, num_layers=len(blocks)))
+
+    def before_step(self, num_positions: int) -> None:
+        self.num_positions, self.total = num_positions, torch.zeros(())
+
+    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
+        metrics = {}
+        if not self.coefficient.is_constant:
+            metrics[f"balance/{self.name}_coefficient"] = self.coefficient.at(self.step)
+        self.step += 1
+        return metrics
+
+    def losses(self) -> dict[str, float]:
+        return {self.name: float(self.total)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state.get("step", 1)
+
+    def _join(
+        self,
+        router: nn.Module,
+        inputs: Any,
+        output: tuple[Tensor, Tensor, Tensor],
+        layer: int,
+        num_layers: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Join one layer's share of the step's loss to the weights that leave the router."""
+        logits_TE, weights_TK, ids_TK = output
+        if not router.training:
+            return output
+        coefficient = self.coefficient.at(self.step)
+        share = len(logits_TE) / self.num_positions
+        value = self.of_layer(layer, logits_TE, ids_TK) * (coefficient * share / num_layers)
+        if not is_replaying():
+            self.total = value.detach().double() + self.total.to(value.device)
+        return logits_TE, _Join.apply(weights_TK, value), ids_TK
+
+
+class _Join(torch.autograd.Function):
+    """Passes the weights through and adds a loss to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return weights_TK.clone()  # a view would lose FSDP its hook
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones_like(ctx.like)
