@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 
 from configs.rules import out_of_bounds
 
-UPCYCLE_GROUPS = ("recipe", "router")
+UPCYCLE_GROUPS = ("recipe", "router_init")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,7 +40,7 @@ class RecipeConfig:
 
     recipe: Any = None
     """What becomes of the dense FFN."""
-    router: Any = None
+    router_init: Any = None
     """How the routers begin."""
     target: str = "auto"
     """Family of the MoE (qwen2_moe, qwen3_moe, flex_olmo, glm4_moe, ernie4_5_moe, mixtral). auto:

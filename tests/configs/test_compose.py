@@ -180,7 +180,7 @@ def test_choices_and_files_agree() -> None:
 def test_every_recipe_composes(group: str, name: str) -> None:
     config = load_upcycle("source=dense", "target_dir=moe", f"{group}={name}")
     check_upcycle(config)
-    for slot in (config.recipe, config.router):
+    for slot in (config.recipe, config.router_init):
         instantiate(slot)
 
 

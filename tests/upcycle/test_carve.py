@@ -106,7 +106,7 @@ def test_all_experts_are_the_dense_model(
     ("top_k", "router", "why"),
     [
         (5, Zero(), "a token reaches the neurons of 5 of 6 experts"),
-        (6, Random(0.3), "their weights differ: use router=zero"),
+        (6, Random(0.3), "their weights differ: use router_init=zero"),
     ],
 )
 def test_everything_else_is_not_and_says_so(
@@ -351,7 +351,7 @@ def test_one_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "recipe.shared_experts=2",
         f"recipe.calibration={folder / 'text.txt'}",
     ]
-    assert main([*arguments, "recipe.top_k=4", "router=zero"]) == 0
+    assert main([*arguments, "recipe.top_k=4", "router_init=zero"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "4 of width 8, top 4, shared expert of 16" in said and "FAILED" not in said
     assert "begins as the dense model │ yes" in said and "copies collide" not in said

@@ -340,7 +340,7 @@ def test_refused_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("target=qwen2_moe", "target (qwen2_moe) is for dense sources"),
         ("routing=sigmoid", "routing (sigmoid) is for dense sources"),
         ("scale=down", "scale (down) is for dense sources"),
-        ("router=zero", "router is for dense sources"),
+        ("router_init=zero", "router_init is for dense sources"),
         (f"source=[{tmp_path / 'moe'},{tmp_path / 'moe'}]", "takes one MoE, not 2 models"),
     ):
         assert main([*command, value]) == 2

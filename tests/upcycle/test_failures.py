@@ -139,7 +139,9 @@ def test_tokens_do_not_all_fall_on_the_same_experts(tmp_path: Path) -> None:
         assert bool(load_N.max() == 400) == alone
         assert alone or load_N.min() > 20
     plan = make_plan(
-        load_upcycle(f"source={tmp_path / 'dense'}", "target_dir=x", "router=zero", "router.std=0")
+        load_upcycle(
+            f"source={tmp_path / 'dense'}", "target_dir=x", "router_init=zero", "router_init.std=0"
+        )
     )
     assert any("all scores are equal" in line for line in advice(plan))
 

@@ -118,7 +118,7 @@ def test_attention_has_so_many_rows(folder: Path) -> None:
     assert gate(made(model, QueryHeads(), Copy(32, 2)), 0).isfinite().all()
     with pytest.raises(ValueError, match=r"32 experts \(4 heads x 8\), not for 33"):
         made(model, QueryHeads(), Copy(33, 2))
-    with pytest.raises(ValueError, match=r"router.std \(0\) must be > 0"):
+    with pytest.raises(ValueError, match=r"router_init.std \(0\) must be > 0"):
         made(model, QueryHeads(std=0), Copy(4, 2))
 
 
@@ -158,7 +158,7 @@ def test_prompts_of_copies_and_of_parts(folder: Path) -> None:
     copies = gate(made(model, router, Copy(6, 2)), 1)
     assert torch.allclose(copies, plain.repeat_interleave(2, 0), atol=2e-4)
     assert len({tuple(row.tolist()) for row in copies}) == 6
-    with pytest.raises(ValueError, match=r"router.prompts has 3 entries, .* rows \(4\)"):
+    with pytest.raises(ValueError, match=r"router_init.prompts has 3 entries, .* rows \(4\)"):
         made(model, router, Copy(4, 2))
 
 
@@ -176,8 +176,8 @@ def test_prompts_that_are_nearly_parallel(folder: Path, tmp_path: Path) -> None:
             f"source={path}",
             f"target_dir={tmp_path / 'x'}",
             "recipe.num_experts=2",
-            "router=prompts",
-            f"router.prompts={file}",
+            "router_init=prompts",
+            f"router_init.prompts={file}",
         )
         plan = make_plan(config)
         assert isinstance(plan.model, UpcycledModel)
@@ -208,7 +208,7 @@ def test_unusable_prompts(content: str | None, why: str, folder: Path, tmp_path:
     if content is not None:
         file.write_text(content)
     router = Prompts(prompts=None if content is None else str(file))
-    with pytest.raises(ValueError, match=f"router.prompts.*{why}"):
+    with pytest.raises(ValueError, match=f"router_init.prompts.*{why}"):
         made(dense("llama", folder), router, Copy(2, 1))
 
 
@@ -280,13 +280,13 @@ def test_unusable_texts(folder: Path, tmp_path: Path) -> None:
     texts = [str(folder / "code.txt"), str(folder / "tale.txt")]
     good = Ridge(texts=texts)
     for router, why in (
-        (Ridge(), r"router.texts \(None\) must be at least 2 text files"),
+        (Ridge(), r"router_init.texts \(None\) must be at least 2 text files"),
         (Ridge(texts=texts[0]), "must be at least 2 text files"),
-        (Ridge(texts=[*texts, texts[0]]), r"router.texts has 3 entries, .* rows \(4\)"),
-        (Ridge(texts=[texts[0], "absent"]), r"router.texts \(absent\) must be a text file"),
-        (dataclasses.replace(good, ridge=0.0), r"router.ridge \(0.0\) must be > 0"),
-        (dataclasses.replace(good, scale=-1.0), r"router.scale \(-1.0\) must be > 0"),
-        (dataclasses.replace(good, length=0), r"router.length \(0\) must be >= 1"),
+        (Ridge(texts=[*texts, texts[0]]), r"router_init.texts has 3 entries, .* rows \(4\)"),
+        (Ridge(texts=[texts[0], "absent"]), r"router_init.texts \(absent\) must be a text file"),
+        (dataclasses.replace(good, ridge=0.0), r"router_init.ridge \(0.0\) must be > 0"),
+        (dataclasses.replace(good, scale=-1.0), r"router_init.scale \(-1.0\) must be > 0"),
+        (dataclasses.replace(good, length=0), r"router_init.length \(0\) must be >= 1"),
     ):
         with pytest.raises(ValueError, match=why):
             made(model, router, Copy(4, 2))
@@ -300,13 +300,14 @@ def test_one_command(router: str, folder: Path, tmp_path: Path) -> None:
     path = dense("llama", folder).checkpoint.path
     given = {
         "attention": [],
-        "prompts": [f"router.prompts={folder / 'prompts.yaml'}"],
-        "ridge": [f"router.texts=[{folder / 'code.txt'},{folder / 'tale.txt'}]"],
+        "prompts": [f"router_init.prompts={folder / 'prompts.yaml'}"],
+        "ridge": [f"router_init.texts=[{folder / 'code.txt'},{folder / 'tale.txt'}]"],
     }[router]
     experts = "recipe.num_experts=6"
     target = tmp_path / "moe"
     assert (
-        main([f"source={path}", f"target_dir={target}", f"router={router}", experts, *given]) == 0
+        main([f"source={path}", f"target_dir={target}", f"router_init={router}", experts, *given])
+        == 0
     )
     receipt = json.loads((target / RECEIPT).read_text())
     assert receipt["exact"] and "bit for bit" in receipt["measured"]["tensors"]
@@ -318,7 +319,7 @@ def test_a_text_that_changed_is_another_conversion(folder: Path, tmp_path: Path)
     path = dense("llama", folder).checkpoint.path
     (tmp_path / "prompts.yaml").write_text("[{positive: a}, {positive: b}]")
     given = [f"source={path}", f"target_dir={tmp_path / 'moe'}", "recipe.num_experts=2"]
-    given += ["router=prompts", f"router.prompts={tmp_path / 'prompts.yaml'}"]
+    given += ["router_init=prompts", f"router_init.prompts={tmp_path / 'prompts.yaml'}"]
     before = make_plan(load_upcycle(*given)).identity([])
     assert make_plan(load_upcycle(*given)).identity([]) == before
     (tmp_path / "prompts.yaml").write_text("[{positive: a}, {positive: c}]")

@@ -57,7 +57,10 @@ def _upcycled(model: UpcycledModel) -> Iterator[str]:
             f"{ever}; balancing moves them (balance=aux_loss or loss_free)"
         )
     if scores is Scores.equal:
-        yield "all scores are equal, and tokens go to the same experts; router.std > 0 spreads them"
+        yield (
+            "all scores are equal, and tokens go to the same experts; router_init.std > 0 spreads "
+            "them"
+        )
     if model.scores_collide:
         yield (
             "this trainer keeps routers in fp32; elsewhere in bf16, scores of copies collide and a "

@@ -86,7 +86,7 @@ def receipt(plan: Plan, sources: list[list[str]], files: dict[str, str]) -> dict
     """What was made of what and how, for `verify` and for people."""
     resolved = plan.config.resolved
     total, active = plan.parameters
-    given = ("source", "recipe", "router", "routing", "scale", "dtype", "seed", "max_shard_gb")
+    given = ("source", "recipe", "router_init", "routing", "scale", "dtype", "seed", "max_shard_gb")
     return {
         "format": FORMAT,
         **{key: resolved[key] for key in given},
@@ -119,7 +119,7 @@ def read_receipt(target: Path) -> tuple[dict[str, Any], UpcycleConfig]:
         content = json.loads((target / RECEIPT).read_text())
         assert content["format"] == FORMAT
         config = UpcycleConfig(target_dir=str(target))
-        for key in ("source", "target", "dtype", "seed", "max_shard_gb", "recipe", "router"):
+        for key in ("source", "target", "dtype", "seed", "max_shard_gb", "recipe", "router_init"):
             setattr(config, key, content[key])
         for key in ("routing", "scale"):
             setattr(config, key, type(getattr(config, key))(content[key]))

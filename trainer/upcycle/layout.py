@@ -104,11 +104,14 @@ class Layout:
         if self.inexact or self.silent:
             return self.inexact
         if routing is Routing.softmax and scores is Scores.free:
-            return "softmax weights of the chosen experts do not sum to a constant: use router=zero"
+            return (
+                "softmax weights of the chosen experts do not sum to a constant: use "
+                "router_init=zero"
+            )
         if self.parts == 1 or (scores is not Scores.free and self.top_k == self.num_experts):
             return ""
         if self.top_k == self.num_experts == self.num_rows:
-            return "experts hold different neurons, and their weights differ: use router=zero"
+            return "experts hold different neurons, and their weights differ: use router_init=zero"
         if self.num_experts != self.num_rows * self.parts:
             return "experts hold different neurons, and a token does not reach all of them"
         if scores is Scores.free or whole_groups:

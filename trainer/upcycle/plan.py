@@ -33,7 +33,9 @@ from trainer.upcycle.targets import choose
 MadeModel = UpcycledModel | ExpandedModel
 STATE_BYTES = 16  # of a parameter in training: fp32 weight, gradient and two moments
 # of the configuration, what decides the bytes that are written
-DECIDING = ("target", "routing", "scale", "dtype", "seed", "max_shard_gb", "recipe", "router")
+DECIDING = (
+    "target", "routing", "scale", "dtype", "seed", "max_shard_gb", "recipe", "router_init",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,17 @@ def expanded(
                 f"{key} ({getattr(value, 'value', value)}) is for dense sources; recipe=expand "
                 f"keeps the MoE's own: leave it out"
             )
-    if config.router is not None and instantiate(config.router) != Random():
-        raise ValueError("router is for dense sources; recipe=expand copies rows: leave it out")
+    if config.router_init is not None and instantiate(config.router_init) != Random():
+        raise ValueError(
+            "router_init is for dense sources; recipe=expand copies rows: leave it out"
+        )
     return model
 
 
 def upcycled(config: RecipeConfig, models: list[DenseModel], seed: int) -> UpcycledModel:
     """The MoE that recipe and router make of dense models."""
     recipe: Recipe = instantiate(config.recipe)
-    router: RouterInit = instantiate(config.router)
+    router: RouterInit = instantiate(config.router_init)
     check_alike(models)
     layout = recipe.layout(shape_of(models))
     return UpcycledModel(

@@ -94,13 +94,13 @@ class QueryHeads(RouterInit):
     scores = Scores.free
 
     def check(self, models: Sequence[DenseModel], num_rows: int) -> None:
-        check_positive("router.std", self.std)
+        check_positive("router_init.std", self.std)
         config = models[0].config
         heads, size = config.num_attention_heads, min(head_dim(config), config.hidden_size)
         if num_rows > heads * size:
             raise ValueError(
-                f"router=attention has rows for {heads * size} experts ({heads} heads x {size}), "
-                f"not for {num_rows}; use router=random"
+                f"router_init=attention has rows for {heads * size} experts ({heads} heads x "
+                f"{size}), not for {num_rows}; use router_init=random"
             )
 
     def rows(self, ffn: LayerFFN, num_rows: int) -> Tensor:

@@ -63,11 +63,11 @@ class Prompts(RouterInit):
         return [Path(str(self.prompts))]
 
     def check(self, models: Sequence[DenseModel], num_rows: int) -> None:
-        check_positive("router.std", self.std)
-        check_positive("router.length", self.length)
-        check_positive("router.batch_size", self.batch_size)
+        check_positive("router_init.std", self.std)
+        check_positive("router_init.length", self.length)
+        check_positive("router_init.batch_size", self.batch_size)
         prompts = read_prompts(self.prompts)
-        check_divides("router.prompts", len(prompts), num_rows)
+        check_divides("router_init.prompts", len(prompts), num_rows)
         self._means(models)
 
     def advice(self, models: Sequence[DenseModel], num_rows: int) -> Iterator[str]:
@@ -116,13 +116,13 @@ class Ridge(RouterInit):
         return [Path(file) for file in self._texts]
 
     def check(self, models: Sequence[DenseModel], num_rows: int) -> None:
-        check_positive("router.ridge", self.ridge)
-        check_positive("router.scale", self.scale)
+        check_positive("router_init.ridge", self.ridge)
+        check_positive("router_init.scale", self.scale)
         if len(self._texts) < 2:
             raise ValueError(
-                f"router.texts ({self.texts}) must be at least 2 text files, [a.txt,b.txt]"
+                f"router_init.texts ({self.texts}) must be at least 2 text files, [a.txt,b.txt]"
             )
-        check_divides("router.texts", len(self._texts), num_rows)
+        check_divides("router_init.texts", len(self._texts), num_rows)
         domain_tokens(models[0].checkpoint.path, self._texts, self.sequences, self.length)
 
     def rows(self, ffn: LayerFFN, num_rows: int) -> Tensor:
@@ -144,22 +144,25 @@ def read_prompts(file: str | None) -> list[Prompt]:
     """
     wanted = "a list of {positive: [TEXT, ...], negative: [TEXT, ...]}, one per expert"
     if not file:
-        raise ValueError(f"router.prompts must be a YAML or JSON file with {wanted}")
+        raise ValueError(f"router_init.prompts must be a YAML or JSON file with {wanted}")
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"router.prompts ({file}) cannot be read: {error}") from error
+        raise ValueError(f"router_init.prompts ({file}) cannot be read: {error}") from error
     if not isinstance(content, list) or not content:
-        raise ValueError(f"router.prompts ({file}) must be {wanted}")
+        raise ValueError(f"router_init.prompts ({file}) must be {wanted}")
     prompts = []
     for number, entry in enumerate(content):
         known = isinstance(entry, dict) and entry.keys() <= {"positive", "negative"}
         texts = [_texts_of(entry.get(key)) if known else None for key in ("positive", "negative")]
         if not texts[0] or texts[1] is None:
-            raise ValueError(f"router.prompts ({file}): entry {number} is {entry!r}, not {wanted}")
+            raise ValueError(
+                f"router_init.prompts ({file}): entry {number} is {entry!r}, not {wanted}"
+            )
         if sorted(texts[0]) == sorted(texts[1]):
             raise ValueError(
-                f"router.prompts ({file}): entry {number} has the same positive and negative texts"
+                f"router_init.prompts ({file}): entry {number} has the same positive and negative "
+                f"texts"
             )
         prompts.append(Prompt(texts[0], texts[1]))
     return prompts
@@ -236,7 +239,7 @@ def domain_tokens(
 ) -> list[Tokens]:
     """The first sequences of every text."""
     return [
-        text_tokens(checkpoint, file, sequences=sequences, length=length, key="router.texts")
+        text_tokens(checkpoint, file, sequences=sequences, length=length, key="router_init.texts")
         for file in texts
     ]
 
