@@ -131,6 +131,9 @@ class TrainConfig:
     assign_sequences: bool = False
     """Give every rank those sequences of a batch whose experts it has, as far as the statistics
     tell: less traffic, the same losses to rounding."""
+    allow_lookahead: bool = False
+    """Allow routers that let a token's experts depend on later tokens of its sequence, which the
+    model will not have when it generates."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """A NaN or infinite loss or gradient: stop and save the ids of the batch, or skip the step
     and count it."""
@@ -317,6 +320,8 @@ class Config:
     """Brings tokens to the ranks that compute them, and the outputs back."""
     placement: Any = MISSING
     """Decides on which rank every expert lives."""
+    router: Any = MISSING
+    """Chooses the experts of every token by the logits of the family's router."""
     balance: dict[str, Any] = field(default_factory=dict)
     """Nudge the routers towards equal load; they act in the order given."""
     logger: dict[str, Any] = field(default_factory=dict)

@@ -51,6 +51,8 @@ from trainer.modeling import (
 from trainer.optim import build_adamw, build_schedule, parameter_groups
 from trainer.ranks import RankZeroFirst, RollCall, start_ranks
 from trainer.report import RunSummary, report
+from trainer.routers.base import Native, Router
+from trainer.routers.chosen import chosen_router
 from trainer.sample import sample
 from trainer.trainer import Trainer
 from trainer.upcycle.plan import made
@@ -91,6 +93,7 @@ def _run(config: Config) -> None:
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=config.mesh.ranks_per_node)
     if mesh.device.type == "cpu":
         keep_freed_memory()
+    router = chosen_router(config, shape, mesh)
     rank_zero = RankZeroFirst()
     data = build_data(config.data, config.train.seq_len, rank=mesh.rank, barrier=rank_zero.wait)
     _describe(data, mesh, rank_zero)
@@ -120,7 +123,7 @@ def _run(config: Config) -> None:
         refetch=config.train.refetch_borrowed,
         shared_meanwhile=not config.train.compile,  # its early call cannot be traced
     )
-    engine = _engine(config, model, mesh)
+    engine = _engine(config, model, mesh, router)
     loggers = LoggerList(list(instantiate(config.logger).values()), rank=mesh.rank)
     trainer = Trainer(
         config,
@@ -243,8 +246,9 @@ def _fitted(
     return planner.for_topology(topology, bytes_per_parameter)
 
 
-def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
+def _engine(config: Config, model: Any, mesh: ParallelMesh, router: Router) -> TorchEngine:
     optim, train = config.optim, config.train
+    balancers = instantiate(config.balance).values()
 
     def make_optimizer(model: Any) -> torch.optim.Optimizer:
         groups = parameter_groups(
@@ -267,7 +271,7 @@ def _engine(config: Config, model: Any, mesh: ParallelMesh) -> TorchEngine:
         mesh,
         make_optimizer=make_optimizer,
         make_schedule=make_schedule,
-        balancers=list(instantiate(config.balance).values()),
+        balancers=[*([] if isinstance(router, Native) else [router]), *balancers],
         bf16=train.precision is Precision.bf16,
         recompute=train.activation_checkpointing is ActivationCheckpointing.full,
         compile=train.compile,

@@ -1,4 +1,4 @@
-"""Losses of router outputs: load balancing, and the size of logits.
+"""Losses of router outputs: load balancing, the size of logits, entropy.
 
 T tokens on this rank, S sequences, K choices, E experts.
 """
@@ -122,6 +122,33 @@ class ZLoss(RouterLoss):
     def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         dtype = torch.promote_types(logits_TE.dtype, torch.float32)
         return (logits_TE.to(dtype).logsumexp(-1) ** 2).sum() / max(1, len(logits_TE))
+
+
+class EntropyLoss(RouterLoss):
+    """Keeps routers sure (arXiv:2403.07652): coefficient * mean entropy of the probabilities, in
+    nats. Beside router=top_p, which else learns to be unsure of all experts.
+
+    Args:
+        schedule, steps, final, until: as of `AuxiliaryLoss`.
+    """
+
+    name = "entropy_loss"
+
+    def __init__(
+        self,
+        coefficient: float = 1e-4,
+        schedule: str = "constant",
+        steps: int | None = None,
+        final: float = 0.0,
+        until: int | None = None,
+    ) -> None:
+        key = "balance.entropy_loss.coefficient"
+        super().__init__(Schedule(key, coefficient, schedule, steps, final, until))
+
+    def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+        log_TE = logits_TE.to(dtype).log_softmax(-1)
+        return -(log_TE.exp() * log_TE).sum() / max(1, len(logits_TE))
 
 
 def probabilities(logits_TE: Tensor, is_sigmoid: bool) -> Tensor:

@@ -1,0 +1,136 @@
+"""Routers: another choice of experts by the logits of the family's own router.
+
+T tokens on this rank, K choices, E experts.
+
+A router is a hook on the family's own: parameters, their names and checkpoints stay as they are,
+and whatever reads (logits, weights, ids) behind it, balancers and experts, sees its choice. The id
+E means "no expert": such a choice is not sent, not computed and adds nothing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from parallel.mesh import ParallelMesh
+from parallel.model import moe_blocks, router_of
+from trainer.balance.base import Balancer
+from trainer.balance.bias import selection_bias
+from trainer.routers.family import Family
+
+
+class Router(Balancer):
+    """Chooses experts; the same object for all layers.
+
+    Attributes:
+        step: of the optimizer, from 1. passes: of every layer in it, counted by `next_pass`.
+        looks_ahead: a token's experts depend on later tokens of its sequence.
+        is_coupled: they depend on other sequences of the micro-batch.
+        exports: plain transformers choose alike in evaluation.
+    """
+
+    looks_ahead: ClassVar[bool] = False
+    is_coupled: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
+
+    step = 1
+
+    def prepare(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        """Look at the model, which may be on the meta device.
+
+        Raises:
+            ValueError: for a family or sizes that it cannot be used with.
+        """
+        self.family, self.mesh = Family.of(model), mesh
+        self.passes: dict[int, int] = {}
+        self.check(self.family)
+
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        """Take the place of the model's routers; once, before balancers and before sharding."""
+        self.prepare(model, mesh)
+        for layer, (_, block) in enumerate(moe_blocks(model)):
+            own = router_of(block)
+            assert own is not None  # Family.of has seen it
+            own.register_forward_hook(partial(self._replace, layer=layer, block=block))
+
+    def before_step(self, num_positions: int) -> None:
+        self.passes = {}
+
+    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
+        self.step += 1
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+    def check(self, family: Family) -> None:
+        """Refuse sizes that it cannot be used with.
+
+        Raises:
+            ValueError: naming key, value and bound.
+        """
+
+    def next_pass(self, layer: int) -> int:
+        """The number of this micro-batch in the step, from 0; call once per forward."""
+        self.passes[layer] = self.passes.get(layer, -1) + 1
+        return self.passes[layer]
+
+    @abstractmethod
+    def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
+        """Expert ids, int64 [T, K], E for "no expert".
+
+        Args:
+            scores_TE: that weights are made of. chosen_by_TE: the same, plus the selection bias
+                where the family has one; without gradient.
+        """
+
+    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """Weights of the chosen experts [T, K]."""
+        return self.family.weights(scores_TE, ids_TK)
+
+    def _replace(
+        self,
+        own: nn.Module,
+        inputs: Any,
+        output: tuple[Tensor, Tensor, Tensor],
+        layer: int,
+        block: nn.Module,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE, weights_TK, _ = output
+        scores_TE = self.family.scores(logits_TE)
+        chosen_by_TE, bias = scores_TE.detach(), selection_bias(block)
+        if bias is not None:
+            chosen_by_TE = chosen_by_TE + bias.to(chosen_by_TE.dtype).view(-1)
+        ids_TK = self.choose(layer, scores_TE, chosen_by_TE, own.training)
+        return logits_TE, self.weigh(scores_TE, ids_TK).to(weights_TK.dtype), ids_TK
+
+
+class Native(Router):
+    """The family's own."""
+
+    exports = True
+
+    def prepare(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        pass
+
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        pass
+
+    def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
+        raise AssertionError("the family's own router chooses")
+
+
+def check_positive(key: str, value: float) -> None:
+    """Refuse what is not above 0.
+
+    Raises:
+        ValueError: naming key and value.
+    """
+    if not value > 0:
+        raise ValueError(f"{key} ({value}) must be > 0")
