@@ -18,9 +18,10 @@ from placement.table import ExpertPlacement
 from placement.topology import Topology
 from placement.traffic import batched_sources, check_mode, copies
 
-# Of a pair of rows of one token, against one of one domain: most of what ties a token's rows
-# together ends with the token, and a sequence has many.
-TOKEN_SHARE = 0.25
+# What a pair of rows of one token counts in a first problem of `batched`, against one of one
+# domain: most of what ties a token's rows together ends with the token, and a sequence has many.
+# Which is best differs from model to model.
+TOKEN_SHARES = (0.25, 0.0, 1.0)
 STEP = 0.01  # of the pairs, for a slope
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -33,6 +34,7 @@ def problem_of(
     objective: Objective,
     max_moves: int | None = None,
     around: ExpertPlacement | None = None,
+    token_share: float = TOKEN_SHARES[0],
 ) -> tuple[Problem, float]:
     """What the solvers minimise: the objective's weighted seconds, in pairwise terms.
 
@@ -50,6 +52,8 @@ def problem_of(
         around: a placement near which the terms are to hold: the rows that a token has where it
             comes, how far they travel, and in `batched` where sequences are, are taken from it.
             None: experts lie evenly.
+        token_share: what a pair of rows of one token counts in `batched` without `around`, one of
+            one domain being 1.
 
     Raises:
         ValueError: for shapes that do not fit, counts that do not add up, and limits that no
@@ -83,7 +87,7 @@ def problem_of(
             shares = [float(term.copies_L.mean()) for term in terms]
             distance_RR = seconds * _hops(topology, objective.two_level, shares)
             saved_L /= max(float(distance_RR.max()), 1e-300)
-            pair_LEE = _together(stats)
+            pair_LEE = _together(stats, token_share)
         else:
             pair_LEE = np.zeros_like(pair_LEE)
             linear_LER += seconds * sum(term.linear_LER for term in terms)
@@ -205,14 +209,14 @@ def _hops(topology: Topology, two_level: bool, copies: Sequence[float] = (1.0, 1
     return np.where(across_RR, copies[1] * hops_RR + copies[0] * handed_on_s, copies[0] * hops_RR)
 
 
-def _together(stats: RoutingStats) -> Floats:
+def _together(stats: RoutingStats, token_share: float) -> Floats:
     """Pairs of rows of consecutive layers in one token or domain, beyond chance, [L-1, E, E].
 
     Rows that are merely frequent gain nothing by being together, as every rank has equally many
     tokens; so chance is taken off. What is added so that nothing is below 0 is the same for all
     placements.
     """
-    pair_LEE = stats.pair_LEE.numpy() * TOKEN_SHARE
+    pair_LEE = stats.pair_LEE.numpy() * token_share
     before_LE, after_LE = pair_LEE.sum(2), pair_LEE.sum(1)
     total_L = np.maximum(before_LE.sum(1), 1e-300)
     together_LEE = pair_LEE - before_LE[:, :, None] * after_LE[:, None, :] / total_L[:, None, None]

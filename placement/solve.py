@@ -14,7 +14,7 @@ import torch
 
 from placement.bounds import lower_bound
 from placement.exact import is_small, solve_exact
-from placement.formulate import move_seconds, problem_of
+from placement.formulate import TOKEN_SHARES, move_seconds, problem_of
 from placement.objective import Cost, Objective, cost
 from placement.problem import Problem
 from placement.search import search
@@ -24,7 +24,7 @@ from placement.topology import Topology
 
 METHODS = ("auto", "exact", "search")
 BOUND_SHARE = 0.5  # of the time limit, at most, for the bound of a searched placement
-ROUNDS, LEAST_GAIN = 5, 1e-4  # of formulating; the gain as a share of what is judged
+ROUNDS, LEAST_GAIN = 4, 1e-4  # of formulating anew; the gain as a share of what is judged
 ROUNDING = 1e-12  # of a value
 
 
@@ -98,7 +98,7 @@ def solve(
     A problem is formulated and solved, what was found is judged by its expected cost, and unless
     the problem is an exact image of that, it is formulated anew near the best placement so far, up
     to four times. In `batched` that gives every domain's sequences their ranks, and then moves
-    experts to where their rows come from.
+    experts to where their rows come from; there it begins from the best of several first problems.
 
     Args:
         start: the current placement; its limits count from it.
@@ -125,20 +125,23 @@ def solve(
     best = start
     best_judged = np.inf if problem.violations(problem.start_LE) else judged(start)
     searching_s = time_limit_s * (0.2 if exact else 1 - BOUND_SHARE)
-    rounds = ROUNDS if _is_refined(stats, objective) else 1
+    firsts = TOKEN_SHARES if _goes_by_domain(stats, objective) else TOKEN_SHARES[:1]
+    rounds = len(firsts) + (ROUNDS if _is_refined(stats, objective) else 0)
     for number in range(rounds):
-        if number:
+        if number < len(firsts):
+            problem, constant = problem_of(*limits, token_share=firsts[number])
+        else:
             problem, constant = problem_of(*limits, around=best)
         near = problem
         if max_moves is None:
             near = replace(problem, start_LE=best.home_LE.numpy())
         left_s = max(0.0, started + searching_s - time.monotonic())
-        home_LE = search(near, seed=seed, time_limit_s=left_s / min(2, rounds - number))
+        home_LE = search(near, seed=seed, time_limit_s=left_s / min(3, rounds - number))
         found = ExpertPlacement(torch.from_numpy(home_LE.astype(np.int64)), topology.num_ranks)
         gain = best_judged - judged(found)
         if gain > 0:
             best, best_judged = found, judged(found)
-        if number and gain <= LEAST_GAIN * best_judged:
+        if number >= len(firsts) and gain <= LEAST_GAIN * best_judged:
             break
 
     left_s = max(1.0, started + time_limit_s - time.monotonic())
@@ -173,13 +176,13 @@ def solve(
 
 def _is_refined(stats: RoutingStats, objective: Objective) -> bool:
     """Whether a problem formulated near a placement says more about its cost."""
-    if objective.mode == "batched":
-        return _tells_sequences_apart(stats)
-    return objective.mode == "home" and stats.top_k > 1
+    return _goes_by_domain(stats, objective) or (objective.mode == "home" and stats.top_k > 1)
 
 
-def _tells_sequences_apart(stats: RoutingStats) -> bool:
-    return bool(np.count_nonzero(stats.by_domain.tokens_G) > 1)
+def _goes_by_domain(stats: RoutingStats, objective: Objective) -> bool:
+    """Whether the cost is that of sequences which go where their domain's rows are."""
+    tells_apart = np.count_nonzero(stats.by_domain.tokens_G) > 1
+    return objective.mode == "batched" and bool(tells_apart)
 
 
 def _judge(
@@ -192,7 +195,7 @@ def _judge(
     """What is to be small: expected cost and moves, or where no cost knows, the problem's value."""
 
     def judged(placement: ExpertPlacement) -> float:
-        if objective.mode == "batched" and not _tells_sequences_apart(stats):
+        if objective.mode == "batched" and not _goes_by_domain(stats, objective):
             return problem.value(placement.home_LE.numpy())
         expected = _expected(placement, stats, topology, objective)
         return objective.judge(expected) + _moving(start, placement, topology, objective)

@@ -22,7 +22,7 @@ from placement.batches import (
     expected_saving,
     predicted_rows,
 )
-from placement.formulate import TOKEN_SHARE, problem_of
+from placement.formulate import TOKEN_SHARES, problem_of
 from placement.objective import Objective, cost, trace_cost
 from placement.search import search
 from placement.solve import solve
@@ -310,7 +310,7 @@ def test_batched_pairs_are_what_comes_together_beyond_chance() -> None:
         tokens = len(before_TE)
         expected = before_TE.T @ after_TE
         expected -= np.outer(before_TE.sum(0), after_TE.sum(0)) / tokens
-        expected *= TOKEN_SHARE
+        expected *= TOKEN_SHARES[0]
         for domain in range(3):
             here = trace.domain_T == domain
             if here.any():
