@@ -269,7 +269,7 @@ def plot(arms: list[Arm], path: Path) -> None:
         axis.plot(flops, curve, style, label=name, color="black" if name == "dense" else None)
     axis.set_xlabel("operations (10^12)")
     axis.set_ylabel("validation loss (nats per byte)")
-    axis.set_ylim(1.3, 2.4)
+    axis.set_ylim(1.55, 2.6)
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

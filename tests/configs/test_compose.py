@@ -78,7 +78,7 @@ def test_every_example_composes(command: str) -> None:
         ("modle=tiny", "modle: no such key; did you mean model?"),
         (
             "train.zzz=1",
-            "train.zzz: no such key; known: activation_checkpointing, assign_sequences",
+            "train.zzz: no such key; known: activation_checkpointing, allow_lookahead",
         ),
         ("+train.stps=1", "train.stps: no such key; did you mean steps?"),
         ("balance.auto.rat=1", "balance.auto.rat: no such key; did you mean balance.auto.rate?"),

@@ -118,7 +118,10 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
         for number in range(accumulate):
             parts, losses_of, seen_of = [], [], []
             for rank in range(world):  # all ranks' micro-batches of one number
-                part = torch.arange(rank, SEQUENCES, world).chunk(accumulate)[number]
+                chunks = torch.arange(rank, SEQUENCES, world).chunk(accumulate)
+                if number >= len(chunks):  # fewer sequences than that
+                    continue
+                part = chunks[number]
                 seen.clear()
                 logits = model(
                     input_ids=batch["input_ids"][part],

@@ -46,12 +46,11 @@ class Balancer:
         pass
 
 
-class RouterLoss(Balancer):
-    """A loss of what routers put out, times a coefficient, averaged over layers and positions.
+class ScheduledLoss(Balancer):
+    """A loss times a coefficient, joined to the gradient at the weights that leave the router.
 
-    It joins the gradient at the weights that leave the router, so that it runs through the router
-    in the backward pass of its own layer, while the layer's parameters are gathered. It is never
-    mixed into the reported language-model loss. Validation has none.
+    Its gradient runs in the backward pass of its own layer, while the layer's parameters are
+    gathered. It is never mixed into the reported language-model loss. Validation has none.
 
     Attributes:
         name: of the balancer in the configuration, and of its loss in the metrics.
@@ -62,8 +61,41 @@ class RouterLoss(Balancer):
 
     def __init__(self, coefficient: Schedule) -> None:
         self.coefficient = coefficient
-        self.step, self.num_positions = 1, 1
+        self.step = 1
         self.total = torch.zeros(())  # stays on the device until the step is over
+
+    def before_step(self, num_positions: int) -> None:
+        self.total = torch.zeros(())
+
+    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
+        metrics = {}
+        if not self.coefficient.is_constant:
+            metrics[f"balance/{self.name}_coefficient"] = self.coefficient.at(self.step)
+        self.step += 1
+        return metrics
+
+    def losses(self) -> dict[str, float]:
+        return {self.name: float(self.total)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state.get("step", 1)
+
+    def join(self, weights_TK: Tensor, share: Tensor) -> Tensor:
+        """The same weights, with a share of the step's loss in their backward pass."""
+        if not is_replaying():
+            self.total = share.detach().double() + self.total.to(share.device)
+        return _Join.apply(weights_TK, share)
+
+
+class RouterLoss(ScheduledLoss):
+    """A loss of what routers put out, averaged over layers and positions."""
+
+    def __init__(self, coefficient: Schedule) -> None:
+        super().__init__(coefficient)
+        self.num_positions = 1
 
     @abstractmethod
     def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
@@ -82,23 +114,8 @@ class RouterLoss(Balancer):
             router.register_forward_hook(partial(self._join, layer=layer, num_layers=len(blocks)))
 
     def before_step(self, num_positions: int) -> None:
-        self.num_positions, self.total = num_positions, torch.zeros(())
-
-    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
-        metrics = {}
-        if not self.coefficient.is_constant:
-            metrics[f"balance/{self.name}_coefficient"] = self.coefficient.at(self.step)
-        self.step += 1
-        return metrics
-
-    def losses(self) -> dict[str, float]:
-        return {self.name: float(self.total)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state.get("step", 1)
+        super().before_step(num_positions)
+        self.num_positions = num_positions
 
     def _join(
         self,
@@ -115,9 +132,7 @@ class RouterLoss(Balancer):
         coefficient = self.coefficient.at(self.step)
         share = len(logits_TE) / self.num_positions
         value = self.of_layer(layer, logits_TE, ids_TK) * (coefficient * share / num_layers)
-        if not is_replaying():
-            self.total = value.detach().double() + self.total.to(value.device)
-        return logits_TE, _Join.apply(weights_TK, value), ids_TK
+        return logits_TE, self.join(weights_TK, value), ids_TK
 
 
 class _Join(torch.autograd.Function):
