@@ -87,7 +87,7 @@ class ScheduledLoss(Balancer):
         """The same weights, with a share of the step's loss in their backward pass."""
         if not is_replaying():
             self.total = share.detach().double() + self.total.to(share.device)
-        return _Join.apply(weights_TK, share)
+        return joined(weights_TK, share)
 
 
 class RouterLoss(ScheduledLoss):
@@ -133,6 +133,12 @@ class RouterLoss(ScheduledLoss):
         share = len(logits_TE) / self.num_positions
         value = self.of_layer(layer, logits_TE, ids_TK) * (coefficient * share / num_layers)
         return logits_TE, self.join(weights_TK, value), ids_TK
+
+
+def joined(weights_TK: Tensor, loss: Tensor) -> Tensor:
+    """The same weights, with a loss in their backward pass."""
+    result: Tensor = _Join.apply(weights_TK, loss)
+    return result
 
 
 class _Join(torch.autograd.Function):

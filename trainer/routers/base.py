@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, router_of
-from trainer.balance.base import Balancer
+from trainer.balance.base import Balancer, joined
 from trainer.balance.bias import selection_bias
 from trainer.routers.family import Family
 
@@ -90,9 +90,17 @@ class Router(Balancer):
                 where the family has one; without gradient.
         """
 
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Of every expert, that weights are made of; float32 or float64 [T, E]."""
+        return self.family.scores(logits_TE)
+
     def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Weights of the chosen experts [T, K]."""
         return self.family.weights(scores_TE, ids_TK)
+
+    def loss(self, scores_TE: Tensor) -> Tensor | None:
+        """This rank's share of a loss of the router's own, of one layer in a micro-batch."""
+        return None
 
     def _replace(
         self,
@@ -103,12 +111,14 @@ class Router(Balancer):
         block: nn.Module,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE, weights_TK, _ = output
-        scores_TE = self.family.scores(logits_TE)
+        scores_TE = self.scores(logits_TE)
         chosen_by_TE, bias = scores_TE.detach(), selection_bias(block)
         if bias is not None:
             chosen_by_TE = chosen_by_TE + bias.to(chosen_by_TE.dtype).view(-1)
         ids_TK = self.choose(layer, scores_TE, chosen_by_TE, own.training)
-        return logits_TE, self.weigh(scores_TE, ids_TK).to(weights_TK.dtype), ids_TK
+        weights_TK = self.weigh(scores_TE, ids_TK).to(weights_TK.dtype)
+        loss = self.loss(scores_TE) if own.training else None
+        return logits_TE, weights_TK if loss is None else joined(weights_TK, loss), ids_TK
 
 
 class Native(Router):
