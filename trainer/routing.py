@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.decisions import Collected
@@ -55,3 +56,40 @@ def routing_metrics(
         "moe/expert_bytes_within_nodes": Metric.sum(sum(t.experts_within for t in traffic)),
         "moe/expert_bytes_across_nodes": Metric.sum(sum(t.experts_across for t in traffic)),
     }
+
+
+class ValidationRouting:
+    """Balance of experts on the validation tokens, and how much choices changed since last time."""
+
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
+
+    def measure(
+        self, routing: list[tuple[int, Tensor]], num_experts: int, mesh: ParallelMesh
+    ) -> dict[str, float]:
+        """Over all ranks.
+
+        Args:
+            routing: layer and expert ids [T, K] of every forward on this rank, in order.
+        """
+        layers = 1 + max(layer for layer, _ in routing)
+        counts_LE = torch.zeros(layers, num_experts + 1, dtype=torch.int64)
+        for layer, ids_TK in routing:
+            counts_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)
+        now_TK = torch.cat([ids_TK for _, ids_TK in routing])
+        # of the choices now, how many were made before, too
+        kept = [] if self._before is None else [(now_TK[:, :, None] == self._before[:, None]).sum()]
+        parts = [counts_LE.flatten(), torch.tensor([now_TK.numel(), *kept])]
+        total = torch.cat(parts).to(mesh.device)
+        dist.all_reduce(total, group=mesh.dp_group)
+        counts_LE = total[: counts_LE.numel()].view_as(counts_LE)[:, :num_experts].cpu()
+        violations = [max_violation(counts_E) for counts_E in counts_LE]
+        metrics = {
+            "validation/max_violation": sum(violations) / layers,
+            "validation/dead_experts": float((counts_LE == 0).sum()),
+            "validation/rows": float(counts_LE.sum()),
+        }
+        if kept:
+            metrics["validation/routing_change"] = 1 - float(total[-1]) / float(total[-2])
+        self._before = now_TK
+        return metrics

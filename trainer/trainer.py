@@ -16,6 +16,7 @@ import torch
 from configs.schema import Config, OnNonfinite
 from parallel.decisions import collect_routing
 from parallel.mesh import ParallelMesh
+from parallel.model import moe_layers
 from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
 from trainer.data import Data
@@ -23,9 +24,12 @@ from trainer.engine import StepStats, TorchEngine
 from trainer.loggers import LoggerList
 from trainer.metrics import dead_experts, max_violation, memory_bytes
 from trainer.modeling import seeded
+from trainer.page.history import NAME as HISTORY
+from trainer.page.history import History, observe
 from trainer.placement import LivingPlacement
 from trainer.ranks import agree
 from trainer.record import save_routing
+from trainer.routing import ValidationRouting
 
 BITS_PER_NAT = 1.4426950408889634
 
@@ -71,8 +75,10 @@ class Trainer:
         self.living = living
         self.batches = data.batches(config.train.batch_size, config.seed)
         self.progress = Progress()
+        self.history: History | None = None
         self.last: dict[str, float] = {}
         self.validation: dict[str, float] = {}
+        self.validation_routing = ValidationRouting()
         self.signalled = False
         self.saved_step: int | None = None
         self.step_tokens, self.step_seconds = 0.0, 0.0
@@ -119,6 +125,8 @@ class Trainer:
         started, first_step = time.monotonic(), self.progress.step
         if self.living is not None:
             self.living.begin(self.placement)
+        if self.mesh.rank == 0:
+            self.history = History(Path(self.config.run.dir) / HISTORY, first_step)
         with self._signals():
             while self.progress.step < train.steps and not self._must_stop(started):
                 start = time.monotonic()
@@ -127,6 +135,9 @@ class Trainer:
                 self.step_tokens += stats.metrics["train/tokens"]
                 self.step_seconds += seconds
                 step = self.progress.step
+                logged = step % train.log_every == 0 or step == train.steps
+                if logged and self.history is not None:  # before experts move
+                    self._record(self.history, stats)
                 self.checkpointer.poll()  # a failed background save ends the run now
                 if self.living is not None and self.living.review_due(step) and step < train.steps:
                     self.review(self.living)
@@ -134,7 +145,7 @@ class Trainer:
                     self.evaluate()
                 done = (step - first_step) / (train.steps - first_step)
                 left = (time.monotonic() - started) * (1 - done) / done
-                if step % train.log_every == 0 or step == train.steps:
+                if logged:
                     self.loggers.log(step, self._metrics(stats, seconds, left))
                 every = self.config.checkpoint.every
                 if every and step % every == 0 and step < train.steps:
@@ -173,13 +184,16 @@ class Trainer:
         ids = dataset.spread(train.eval_batches * train.batch_size)
         per_round = train.micro_batch_size * world
         total = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(ids), per_round):
-            mine = ids[start : start + per_round][self.mesh.rank :: world]
-            total += self.engine.eval_step(dataset.batch(mine, pad_to=train.micro_batch_size))
+        with collect_routing() as routing:
+            for start in range(0, len(ids), per_round):
+                mine = ids[start : start + per_round][self.mesh.rank :: world]
+                total += self.engine.eval_step(dataset.batch(mine, pad_to=train.micro_batch_size))
         nats, tokens = total.tolist()
+        experts = moe_layers(self.engine.model)[0][1].num_experts
         self.validation = {
             "validation/loss": nats / max(1.0, tokens),
             "validation/bits_per_byte": nats * BITS_PER_NAT / max(1, dataset.label_bytes(ids)),
+            **self.validation_routing.measure(routing, experts, self.mesh),
         }
         return self.validation
 
@@ -252,6 +266,18 @@ class Trainer:
         metrics.update(self.validation)
         self.last = metrics
         return metrics
+
+    def _record(self, history: History, stats: StepStats) -> None:
+        engine = self.engine
+        history.record(
+            observe(
+                self.progress.step,
+                stats.counts_LE,
+                engine.model,
+                engine._last_decisions,
+                self.mesh.ep_size,
+            )
+        )
 
     def _must_stop(self, started: float) -> bool:
         limit = self.config.train.stop_after_s
