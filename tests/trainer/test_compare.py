@@ -1,0 +1,126 @@
+"""The table of choices, of real small runs and of made-up ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.compose import load
+from tests.ranks import run_ranks
+from tests.trainer.test_routers_stateful import whole_run
+from tests.trainer.test_run import TINY, corpus
+from trainer.compare import compare, main
+
+STEPS = 10
+
+
+def made_up(folder: Path, seed: int, shift: float = 0.0, **config: Any) -> None:
+    """A finished run whose metrics at step n are simple functions of n and the seed."""
+    folder.mkdir(parents=True)
+    content = {
+        "train": {"steps": STEPS, "batch_size": 4, "seq_len": 8},
+        "data": {"cache_dir": str(folder), "sources": {"a": 1}},
+        "model": {"source": None},
+        "optim": {"lr": 0.1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content | config))
+    lines = [
+        {
+            "step": n,
+            "train/loss": 9.0,
+            "train/tokens": 100.0,
+            "validation/loss": 3.0 + shift + seed,
+            "validation/max_violation": 0.5 * seed,
+            "moe/max_violation": float(n),
+            "moe/load_ratio_home": 2.0,
+            "moe/load_ratio": 1.0 + n,
+            "moe/rows": 400.0,
+            "moe/bytes_within_nodes": 1e6 * n,
+            "moe/bytes_across_nodes": 1e6,
+            "speed/tokens_per_s": 50.0,
+            "layer/0/max_violation": 1.0,
+            "layer/1/max_violation": 1.0,
+        }
+        for n in range(1, STEPS + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").write_text("{}")
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made_up(tmp_path / f"balance=a,seed={seed}", seed)
+        made_up(tmp_path / f"balance=b,seed={seed}", seed, shift=-1.0)
+    best, other = compare([tmp_path])
+    assert (best.choice, other.choice, best.seeds) == ("balance=b", "balance=a", 2)
+    assert best.loss == pytest.approx(2.5) and other.loss == pytest.approx(3.5)
+    assert best.spread == pytest.approx(0.5**0.5)
+    assert best.max_violation == pytest.approx(0.25)
+    assert best.max_violation_micro == pytest.approx(9.5)  # of steps 9 and 10
+    assert (best.load_ratio_home, best.load_ratio) == (2.0, pytest.approx(10.5))
+    assert best.rows_per_token == pytest.approx(400 / 2 / 100)
+    assert best.megabytes == pytest.approx(10.5)
+    assert best.routing_change is None and best.dead_experts is None
+
+
+def test_what_cannot_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "empty")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2 and "has no finished run" in capsys.readouterr().err
+    made_up(tmp_path / "a" / "seed=0", 0)
+    made_up(tmp_path / "a" / "seed=1", 1, optim={"lr": 0.2})
+    with pytest.raises(ValueError, match=r"differ in optim.lr \(0.2 and 0.1\)"):
+        compare([tmp_path / "a"])
+    made_up(tmp_path / "b" / "seed=0", 0)
+    made_up(tmp_path / "b" / "seed=1", 1)
+    (tmp_path / "b" / "seed=1" / "summary.json").unlink()
+    (only,) = compare([tmp_path / "b"])
+    assert only.seeds == 1 and only.spread is None and only.choice == "default"
+    assert "left out, not finished" in capsys.readouterr().err
+
+
+@pytest.fixture
+def real_runs(tmp_path: Path) -> Path:
+    """Two choices with two seeds each, as a sweep names them."""
+    text, folder = corpus(tmp_path / "text"), tmp_path / "runs" / "now"
+    for name, *choice in (
+        ("router=native", "planner=home"),
+        ("router=group_balanced", "planner=home", "router=group_balanced", "balance=none"),
+    ):
+        for seed in (0, 1):
+            changes = f"seed={seed}", "train.eval_every=3"
+            run_ranks(whole_run, 2, str(text), str(folder), 6, *choice, *changes)
+            files = f"data.sources.text.paths={text}/*.txt"
+            config = load(*TINY, files, "checkpoint.export=false", *choice, *changes)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved))
+            folder.rename(folder.with_name(f"{name},seed={seed}"))
+    return tmp_path / "runs"
+
+
+def test_real_runs(
+    real_runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, picture = tmp_path / "figures.jsonl", tmp_path / "figures.png"
+    arguments = [str(real_runs), "--json", str(out), "--plot", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+    main()
+    printed = capsys.readouterr().out
+    found = {one["choice"]: one for one in map(json.loads, out.read_text().splitlines())}
+    assert set(found) == {"router=native", "router=group_balanced"} and picture.stat().st_size
+    assert all(name in printed for name in found)
+    assert found["router=group_balanced"]["load_ratio_home"] == 1.0
+    assert found["router=native"]["load_ratio_home"] > 1.0
+    assert all(one["rows_per_token"] == pytest.approx(2, rel=0.02) for one in found.values())
+    assert all(0 <= one["routing_change"] < 1 for one in found.values())

@@ -1,0 +1,213 @@
+"""Compare finished runs: `python -m trainer.compare FOLDER ... [--json FILE] [--plot FILE]`.
+
+A sweep makes them, and goes on with what is missing when it is started again:
+
+    torchrun --nproc-per-node 2 -m trainer.train -m experiment=quickstart model=tiny_sigmoid \\
+        run.name=balancing checkpoint.export=false balance=none,loss_free,aux_loss seed=0,1,2
+    python -m trainer.compare runs/balancing --plot balancing.png
+
+Runs that differ in the seed alone are one choice: means, and the standard deviation of the
+validation loss. Figures of training are means over the last fifth of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+SEED = re.compile(r",?\bseed=\d+")
+LAST = 5  # 1/5 of the steps
+ALIKE = ("train.steps", "train.batch_size", "train.seq_len", "data", "model.source", "optim.lr")
+COLUMNS = {
+    "validation loss": ("loss", "{:.4f}"),
+    "+-": ("spread", "{:.4f}"),
+    "MaxVio validation": ("max_violation", "{:.3f}"),
+    "MaxVio micro-batch": ("max_violation_micro", "{:.3f}"),
+    "load ratio home": ("load_ratio_home", "{:.3f}"),
+    "planned": ("load_ratio", "{:.3f}"),
+    "dead experts": ("dead_experts", "{:.1f}"),
+    "routing change": ("routing_change", "{:.1%}"),
+    "rows per token": ("rows_per_token", "{:.2f}"),
+    "MB between ranks": ("megabytes", "{:.1f}"),
+    "tokens/s": ("tokens_per_s", "{:,.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one choice, means over its seeds.
+
+    Attributes:
+        loss, spread: validation loss in nats per token, and its deviation over the seeds.
+        max_violation: max/mean - 1 rows per expert over the validation tokens;
+            max_violation_micro: over micro-batches of training.
+        load_ratio_home, load_ratio: of ranks, before and after planning.
+        routing_change: share of the validation tokens' choices that the last two validations do
+            not have in common. rows_per_token: of a layer, in training.
+        megabytes: of tokens and their outputs between ranks per step, forward pass.
+    """
+
+    choice: str
+    seeds: int
+    loss: float
+    spread: float | None
+    max_violation: float | None
+    max_violation_micro: float
+    load_ratio_home: float
+    load_ratio: float
+    dead_experts: float | None
+    routing_change: float | None
+    rows_per_token: float
+    megabytes: float
+    tokens_per_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="with runs at or below them")
+    parser.add_argument("--json", type=Path, help="write the figures, a line per choice")
+    parser.add_argument("--plot", type=Path, help="validation loss against MaxVio, as a picture")
+    options = parser.parse_args()
+    try:
+        figures = compare(options.folders)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    Console(width=max(160, Console().width)).print(table_of(figures))
+    if options.json:
+        options.json.write_text("".join(json.dumps(asdict(one)) + "\n" for one in figures))
+    if options.plot:
+        plot(figures, options.plot)
+
+
+def compare(folders: Sequence[Path]) -> list[Figures]:
+    """The figures of all choices, best validation loss first.
+
+    Raises:
+        ValueError: for folders without finished runs, and for runs that cannot be compared.
+    """
+    runs: dict[str, list[Path]] = defaultdict(list)
+    for folder in folders:
+        found = sorted(path.parent for path in folder.glob("**/summary.json"))
+        if not found:
+            raise ValueError(f"{folder} has no finished run (a folder with summary.json)")
+        for started in folder.glob("**/metrics.jsonl"):
+            if not (started.parent / "summary.json").exists():
+                print(f"left out, not finished: {started.parent}", file=sys.stderr)
+        for run in found:
+            name = str(run.relative_to(folder))
+            runs[SEED.sub("", run.name if name == "." else name).strip(",/") or "default"].append(
+                run
+            )
+    _check_alike([run for of_choice in runs.values() for run in of_choice])
+    return sorted((of_choice(name, some) for name, some in runs.items()), key=lambda f: f.loss)
+
+
+def _check_alike(runs: Sequence[Path]) -> None:
+    """Refuse runs on other data or of another length.
+
+    Raises:
+        ValueError: naming the key and two runs.
+    """
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    for key in ALIKE:
+        values = [_value(config, key) for config in configs]
+        for run, value in zip(runs, values, strict=True):
+            if value != values[0]:
+                raise ValueError(
+                    f"{run} and {runs[0]} differ in {key} ({value} and {values[0]}) and cannot be "
+                    f"compared; give folders of runs that are alike in it"
+                )
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    """A value of a configuration by its full key; of `data` all that decides what is read."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return {k: v for k, v in value.items() if k != "cache_dir"} if key == "data" else value
+
+
+def of_choice(name: str, runs: Sequence[Path]) -> Figures:
+    """Means over the runs of one choice, its seeds."""
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs]
+
+    def last(key: str) -> float | None:
+        """Newest value, mean over the runs that have it."""
+        known = [own[-1][key] for own in lines if key in own[-1]]
+        return mean(known) if known else None
+
+    def late(*keys: str) -> float:
+        """Sum of some metrics over the last steps, mean over steps and runs."""
+        ends = [own[-max(1, len(own) // LAST) :] for own in lines]
+        return mean(mean(sum(line[key] for key in keys) for line in end) for end in ends)
+
+    losses = [own[-1].get("validation/loss", own[-1]["train/loss"]) for own in lines]
+    layers = sum(key.startswith("layer/") for key in lines[0][-1])
+    return Figures(
+        name,
+        len(runs),
+        mean(losses),
+        stdev(losses) if len(losses) > 1 else None,
+        last("validation/max_violation"),
+        late("moe/max_violation"),
+        late("moe/load_ratio_home"),
+        late("moe/load_ratio"),
+        last("validation/dead_experts"),
+        last("validation/routing_change"),
+        late("moe/rows") / layers / late("train/tokens"),
+        late("moe/bytes_within_nodes", "moe/bytes_across_nodes") / 1e6,
+        late("speed/tokens_per_s"),
+    )
+
+
+def table_of(figures: Sequence[Figures]) -> Table:
+    table = Table("choice", "seeds")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for one in figures:
+        values = [getattr(one, name) for name, _ in COLUMNS.values()]
+        cells = [
+            "" if value is None else form.format(value)
+            for value, (_, form) in zip(values, COLUMNS.values(), strict=True)
+        ]
+        table.add_row(one.choice, str(one.seeds), *cells)
+    return table
+
+
+def plot(figures: Sequence[Figures], path: Path) -> None:
+    """Validation loss with its spread against MaxVio on validation tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for one in figures:
+        if one.max_violation is not None:
+            axis.errorbar(one.max_violation, one.loss, one.spread, fmt="o", label=one.choice)
+    axis.set_xlabel("MaxVio of experts over the validation tokens (max / mean - 1)")
+    axis.set_ylabel("validation loss (nats per token)")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
