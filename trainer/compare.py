@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 SEED = re.compile(r",?\bseed=\d+")
 LAST = 5  # 1/5 of the steps
@@ -178,7 +178,7 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
 
 
 def table_of(figures: Sequence[Figures]) -> Table:
-    table = Table("choice", "seeds")
+    table = Table(Column("choice", no_wrap=True), "seeds")
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for one in figures:

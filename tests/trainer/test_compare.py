@@ -122,5 +122,5 @@ def test_real_runs(
     assert all(name in printed for name in found)
     assert found["router=group_balanced"]["load_ratio_home"] == 1.0
     assert found["router=native"]["load_ratio_home"] > 1.0
-    assert all(one["rows_per_token"] == pytest.approx(2, rel=0.02) for one in found.values())
-    assert all(0 <= one["routing_change"] < 1 for one in found.values())
+    assert [one["rows_per_token"] for one in found.values()] == pytest.approx([2, 2], rel=0.1)
+    assert all(0 <= one["routing_change"] < 1 for one in found.values()), found
