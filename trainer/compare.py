@@ -112,11 +112,27 @@ def compare(folders: Sequence[Path]) -> list[Figures]:
                 print(f"left out, not finished: {started.parent}", file=sys.stderr)
         for run in found:
             name = str(run.relative_to(folder))
+            _check_validated(run)
             runs[SEED.sub("", run.name if name == "." else name).strip(",/") or "default"].append(
                 run
             )
     _check_alike([run for of_choice in runs.values() for run in of_choice])
     return sorted((of_choice(name, some) for name, some in runs.items()), key=lambda f: f.loss)
+
+
+def _check_validated(run: Path) -> None:
+    """Refuse a run without validation.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if "validation/loss" not in json.loads((run / "summary.json").read_text()).get(
+        "validation", {}
+    ):
+        raise ValueError(
+            f"{run} has no validation loss; train with data.validation_fraction > 0 and a version "
+            f"that writes `validation` to summary.json"
+        )
 
 
 def _check_alike(runs: Sequence[Path]) -> None:
@@ -147,18 +163,19 @@ def _value(config: dict[str, Any], key: str) -> Any:
 def of_choice(name: str, runs: Sequence[Path]) -> Figures:
     """Means over the runs of one choice, its seeds."""
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs]
+    ends = [json.loads((run / "summary.json").read_text())["validation"] for run in runs]
 
     def last(key: str) -> float | None:
-        """Newest value, mean over the runs that have it."""
-        known = [own[-1][key] for own in lines if key in own[-1]]
+        """Of the last validation, mean over the runs that have it."""
+        known = [end[key] for end in ends if key in end]
         return mean(known) if known else None
 
     def late(*keys: str) -> float:
         """Sum of some metrics over the last steps, mean over steps and runs."""
-        ends = [own[-max(1, len(own) // LAST) :] for own in lines]
-        return mean(mean(sum(line[key] for key in keys) for line in end) for end in ends)
+        late = [own[-max(1, len(own) // LAST) :] for own in lines]
+        return mean(mean(sum(line[key] for key in keys) for line in some) for some in late)
 
-    losses = [own[-1].get("validation/loss", own[-1]["train/loss"]) for own in lines]
+    losses = [end["validation/loss"] for end in ends]
     layers = sum(key.startswith("layer/") for key in lines[0][-1])
     return Figures(
         name,

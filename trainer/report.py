@@ -49,6 +49,7 @@ class RunSummary:
     checkpoint: str | None
     export: str | None
     sample: str
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)  # all of the last one
 
 
 def report(summary: RunSummary, run_dir: Path, console: Console | None = None) -> None:

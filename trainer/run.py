@@ -325,6 +325,7 @@ def _finish(
             checkpoint=str(newest) if newest else None,
             export=str(export_dir) if export_dir else None,
             sample=text,
+            validation=dict(validation),
         )
         trainer.loggers.finish(asdict(summary))
         report(summary, Path(config.run.dir))
