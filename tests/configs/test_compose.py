@@ -38,6 +38,7 @@ GIVEN = {  # values that a choice cannot know
     ("data", "jsonl"): ["data.sources.jsonl.paths=[corpus.jsonl]"],
     ("data", "mixture"): ["data.sources.text.paths=[corpus.txt]"],
     ("data", "text"): ["data.sources.text.paths=[corpus.txt]"],
+    ("router", "replay"): ["router.path=runs/recorded/routing"],
     ("data/tokenizer", "bpe"): ["data.tokenizer.vocab_size=512"],
 }
 

@@ -52,6 +52,10 @@ class ScheduledLoss(Balancer):
     Its gradient runs in the backward pass of its own layer, while the layer's parameters are
     gathered. It is never mixed into the reported language-model loss. Validation has none.
 
+    Args:
+        coefficient: in the first step. schedule: constant, linear, cosine, inverse or inverse_sqrt.
+        steps, final: of linear and cosine. until: last step with a loss; None for no end.
+
     Attributes:
         name: of the balancer in the configuration, and of its loss in the metrics.
         coefficient: by optimizer step.
@@ -59,8 +63,16 @@ class ScheduledLoss(Balancer):
 
     name: ClassVar[str]
 
-    def __init__(self, coefficient: Schedule) -> None:
-        self.coefficient = coefficient
+    def __init__(
+        self,
+        coefficient: float,
+        schedule: str = "constant",
+        steps: int | None = None,
+        final: float = 0.0,
+        until: int | None = None,
+    ) -> None:
+        key = f"balance.{self.name}.coefficient"
+        self.coefficient = Schedule(key, coefficient, schedule, steps, final, until)
         self.step = 1
         self.total = torch.zeros(())  # stays on the device until the step is over
 
@@ -93,9 +105,7 @@ class ScheduledLoss(Balancer):
 class RouterLoss(ScheduledLoss):
     """A loss of what routers put out, averaged over layers and positions."""
 
-    def __init__(self, coefficient: Schedule) -> None:
-        super().__init__(coefficient)
-        self.num_positions = 1
+    num_positions = 1  # of the global batch
 
     @abstractmethod
     def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

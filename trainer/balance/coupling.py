@@ -20,7 +20,6 @@ from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, router_of
 from trainer.balance.base import ScheduledLoss
 from trainer.balance.merging import gate_of
-from trainer.balance.schedule import Schedule
 
 
 class Coupling(ScheduledLoss):
@@ -63,8 +62,7 @@ class Coupling(ScheduledLoss):
             raise ValueError(f"balance.coupling.strength ({strength}) must be > 0, <= 1")
         if seed < 0:
             raise ValueError(f"balance.coupling.seed ({seed}) must be >= 0")
-        key = "balance.coupling.coefficient"
-        super().__init__(Schedule(key, coefficient, schedule, steps, final, until))
+        super().__init__(coefficient, schedule, steps, final, until)
         self.strength, self.seed = strength, seed
         self.joined: set[int] = set()  # layers whose loss is in this step
         self.proxies: dict[int, Tensor] = {}  # on their way from router to experts

@@ -17,7 +17,6 @@ from parallel.decisions import once
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks
 from trainer.balance.base import RouterLoss
-from trainer.balance.schedule import Schedule
 from trainer.balance.target import check_target, target_load
 
 # families whose scores are sigmoids of the logits
@@ -60,8 +59,7 @@ class AuxiliaryLoss(RouterLoss):
             raise ValueError(f"balance: scope ({scope}) must be one of {', '.join(SCOPES)}")
         self.name, self.scope, self.target = SCOPES[scope], scope, target  # type: ignore[misc]
         check_target(f"balance.{self.name}", target)
-        key = f"balance.{self.name}.coefficient"
-        super().__init__(Schedule(key, coefficient, schedule, steps, final, until))
+        super().__init__(coefficient, schedule, steps, final, until)
 
     def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
         super().attach(model, mesh)
@@ -99,25 +97,9 @@ class AuxiliaryLoss(RouterLoss):
 
 
 class ZLoss(RouterLoss):
-    """Keeps logits small (arXiv:2202.08906): coefficient * mean over tokens of logsumexp squared.
-
-    Args:
-        coefficient: also called beta.
-        schedule, steps, final, until: as of `AuxiliaryLoss`.
-    """
+    """Keeps logits small (arXiv:2202.08906): coefficient * mean over tokens of logsumexp^2."""
 
     name = "z_loss"
-
-    def __init__(
-        self,
-        coefficient: float = 1e-3,
-        schedule: str = "constant",
-        steps: int | None = None,
-        final: float = 0.0,
-        until: int | None = None,
-    ) -> None:
-        key = "balance.z_loss.coefficient"
-        super().__init__(Schedule(key, coefficient, schedule, steps, final, until))
 
     def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         dtype = torch.promote_types(logits_TE.dtype, torch.float32)
@@ -127,23 +109,9 @@ class ZLoss(RouterLoss):
 class EntropyLoss(RouterLoss):
     """Keeps routers sure (arXiv:2403.07652): coefficient * mean entropy of the probabilities, in
     nats. Beside router=top_p, which else learns to be unsure of all experts.
-
-    Args:
-        schedule, steps, final, until: as of `AuxiliaryLoss`.
     """
 
     name = "entropy_loss"
-
-    def __init__(
-        self,
-        coefficient: float = 1e-4,
-        schedule: str = "constant",
-        steps: int | None = None,
-        final: float = 0.0,
-        until: int | None = None,
-    ) -> None:
-        key = "balance.entropy_loss.coefficient"
-        super().__init__(Schedule(key, coefficient, schedule, steps, final, until))
 
     def of_layer(self, layer: int, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         dtype = torch.promote_types(logits_TE.dtype, torch.float32)
