@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +26,8 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-SEED = re.compile(r",?\bseed=\d+")
+# keys that set no choice apart
+APART = ("seed", "run", "logger", "data.cache_dir", "checkpoint.export_dir")
 LAST = 5  # 1/5 of the steps
 ALIKE = ("train.steps", "train.batch_size", "train.seq_len", "data", "model.source", "optim.lr")
 COLUMNS = {
@@ -102,22 +102,80 @@ def compare(folders: Sequence[Path]) -> list[Figures]:
     Raises:
         ValueError: for folders without finished runs, and for runs that cannot be compared.
     """
-    runs: dict[str, list[Path]] = defaultdict(list)
+    runs: list[Path] = []
     for folder in folders:
         found = sorted(path.parent for path in folder.glob("**/summary.json"))
         if not found:
             raise ValueError(f"{folder} has no finished run (a folder with summary.json)")
         for started in folder.glob("**/metrics.jsonl"):
-            if not (started.parent / "summary.json").exists():
+            if started.parent not in found:
                 print(f"left out, not finished: {started.parent}", file=sys.stderr)
-        for run in found:
-            name = str(run.relative_to(folder))
-            _check_validated(run)
-            runs[SEED.sub("", run.name if name == "." else name).strip(",/") or "default"].append(
-                run
-            )
-    _check_alike([run for of_choice in runs.values() for run in of_choice])
-    return sorted((of_choice(name, some) for name, some in runs.items()), key=lambda f: f.loss)
+        runs += found
+    for run in runs:
+        _check_validated(run)
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    _check_alike(runs, configs)
+    by_choice: dict[str, list[Path]] = defaultdict(list)
+    for run, name in zip(runs, choices(configs), strict=True):
+        by_choice[name].append(run)
+    return sorted((of_choice(*each) for each in by_choice.items()), key=lambda one: one.loss)
+
+
+def choices(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """What sets every configuration apart from the others, seed and folders aside.
+
+    Of a slot that others have not, its name; of its values, those in which runs with that slot
+    differ.
+    """
+    leaves = [dict(_leaves(config)) for config in configs]
+    slots = [
+        {key: value for key, value in of.items() if key.endswith("._target_")} for of in leaves
+    ]
+    names = []
+    for own, targets in zip(leaves, slots, strict=True):
+        parts = []
+        for key, value in own.items():
+            slot = _slot_of(key, targets)
+            alike = [
+                other
+                for other, theirs in zip(leaves, slots, strict=True)
+                if key.endswith("._target_") or slot is None or theirs.get(slot) == targets[slot]
+            ]
+            if any(other.get(key) != value for other in alike):
+                parts.append(_named(key, value))
+        names.append(", ".join(parts) or "all alike")
+    return names
+
+
+def _leaves(node: dict[str, Any], stem: str = "") -> Iterator[tuple[str, str]]:
+    """Full key and value of all that may set runs apart."""
+    for name, value in node.items():
+        key = f"{stem}.{name}" if stem else name
+        if key in APART:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, key)
+        else:
+            yield key, str(value)
+
+
+def _slot_of(key: str, targets: dict[str, str]) -> str | None:
+    """The `_target_` key of the innermost slot that a key belongs to."""
+    stem = key
+    while stem:
+        if f"{stem}._target_" in targets:
+            return f"{stem}._target_"
+        stem = stem.rpartition(".")[0]
+    return None
+
+
+def _named(key: str, value: str) -> str:
+    """`balance=loss_free` of balance.loss_free._target_, `router=Switch` of router._target_."""
+    if not key.endswith("._target_"):
+        return f"{key}={'none' if value == '{}' else value}"
+    slot = key.removesuffix("._target_")
+    group, _, name = slot.rpartition(".")
+    return f"{group}={name}" if group else f"{slot}={value.rpartition('.')[2]}"
 
 
 def _check_validated(run: Path) -> None:
@@ -135,13 +193,12 @@ def _check_validated(run: Path) -> None:
         )
 
 
-def _check_alike(runs: Sequence[Path]) -> None:
+def _check_alike(runs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> None:
     """Refuse runs on other data or of another length.
 
     Raises:
         ValueError: naming the key and two runs.
     """
-    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     for key in ALIKE:
         values = [_value(config, key) for config in configs]
         for run, value in zip(runs, values, strict=True):

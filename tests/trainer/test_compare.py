@@ -14,13 +14,13 @@ from configs.compose import load
 from tests.ranks import run_ranks
 from tests.trainer.test_routers_stateful import whole_run
 from tests.trainer.test_run import TINY, corpus
-from trainer.compare import compare, main
+from trainer.compare import choices, compare, main
 
 STEPS = 10
 
 
-def made_up(folder: Path, seed: int, shift: float = 0.0, **config: Any) -> None:
-    """A finished run whose metrics at step n are simple functions of n and the seed."""
+def made_up(folder: Path, number: int, shift: float = 0.0, **config: Any) -> None:
+    """A finished run whose metrics at step n are simple functions of n and the number."""
     folder.mkdir(parents=True)
     content = {
         "train": {"steps": STEPS, "batch_size": 4, "seq_len": 8},
@@ -47,14 +47,15 @@ def made_up(folder: Path, seed: int, shift: float = 0.0, **config: Any) -> None:
         for n in range(1, STEPS + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    last = {"validation/loss": 3.0 + shift + seed, "validation/max_violation": 0.5 * seed}
+    last = {"validation/loss": 3.0 + shift + number, "validation/max_violation": 0.5 * number}
     (folder / "summary.json").write_text(json.dumps({"validation": last}))
 
 
 def test_figures_by_hand(tmp_path: Path) -> None:
     for seed in (0, 1):
-        made_up(tmp_path / f"balance=a,seed={seed}", seed)
-        made_up(tmp_path / f"balance=b,seed={seed}", seed, shift=-1.0)
+        made_up(tmp_path / f"{seed}", seed, balance={"a": {"_target_": "x.A", "rate": 1}})
+        balance = {"b": {"_target_": "x.B", "rate": 2}}
+        made_up(tmp_path / f"b{seed}", seed, shift=-1.0, seed=seed, balance=balance)
     best, other = compare([tmp_path])
     assert (best.choice, other.choice, best.seeds) == ("balance=b", "balance=a", 2)
     assert best.loss == pytest.approx(2.5) and other.loss == pytest.approx(3.5)
@@ -65,6 +66,28 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert best.rows_per_token == pytest.approx(400 / 2 / 100)
     assert best.megabytes == pytest.approx(10.5)
     assert best.routing_change is None and best.dead_experts is None
+
+
+def test_choices_are_named_by_what_differs() -> None:
+    """A slot by its name, its values only where runs with that slot differ; not the seed."""
+    aux = {"_target_": "x.Aux", "scope": "all"}
+    balances: list[dict[str, Any]] = [
+        {},
+        {"aux": {**aux, "coefficient": 0.1}},
+        {"aux": {**aux, "coefficient": 0.2}},
+        {"free": {"_target_": "x.Free", "rate": 1}},
+    ]
+    routers = ["x.Native", "x.Native", "x.Native", "x.Switch"]
+    configs = [
+        {"seed": n, "run": {"dir": str(n)}, "router": {"_target_": router}, "balance": balance}
+        for n, (balance, router) in enumerate(zip(balances, routers, strict=True))
+    ]
+    assert choices(configs) == [
+        "router=Native, balance=none",
+        "router=Native, balance=aux, balance.aux.coefficient=0.1",
+        "router=Native, balance=aux, balance.aux.coefficient=0.2",
+        "router=Switch, balance=free",
+    ]
 
 
 def test_what_cannot_be_compared(
@@ -83,7 +106,7 @@ def test_what_cannot_be_compared(
     made_up(tmp_path / "b" / "seed=1", 1)
     (tmp_path / "b" / "seed=1" / "summary.json").unlink()
     (only,) = compare([tmp_path / "b"])
-    assert only.seeds == 1 and only.spread is None and only.choice == "default"
+    assert only.seeds == 1 and only.spread is None and only.choice == "all alike"
     assert "left out, not finished" in capsys.readouterr().err
 
 
@@ -117,9 +140,10 @@ def test_real_runs(
     main()
     printed = capsys.readouterr().out
     found = {one["choice"]: one for one in map(json.loads, out.read_text().splitlines())}
-    assert set(found) == {"router=native", "router=group_balanced"} and picture.stat().st_size
+    native, balanced = "balance=auto, router=Native", "balance=none, router=GroupBalanced"
+    assert set(found) == {native, balanced} and picture.stat().st_size
     assert all(name in printed for name in found)
-    assert found["router=group_balanced"]["load_ratio_home"] == 1.0
-    assert found["router=native"]["load_ratio_home"] > 1.0
+    assert found[balanced]["load_ratio_home"] == 1.0
+    assert found[native]["load_ratio_home"] > 1.0
     assert [one["rows_per_token"] for one in found.values()] == pytest.approx([2, 2], rel=0.1)
     assert all(0 <= one["routing_change"] < 1 for one in found.values()), found
