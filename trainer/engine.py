@@ -112,7 +112,7 @@ class TorchEngine:
         dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
         layers = [layer for _, layer in moe_layers(model)]
         self.tuner = ChunkTuner(layers, mesh.dp_group) if tune_chunks else None
-        self._last_decisions: list[Decision] = []
+        self.last_decisions: list[Decision] = []
         self.row_activation_bytes = layers[0].experts.widths_kept() * dtype.itemsize
         shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
         self.optimizer = make_optimizer(self.model)
@@ -152,7 +152,7 @@ class TorchEngine:
                 (loss / num_tokens).backward()
                 total_loss += loss.detach()
             step.finish([layer.experts for layer in layers], self.mesh.edp_group)
-        self._last_decisions = collected.decisions
+        self.last_decisions = collected.decisions
         for parameter in self._untrained:
             parameter.grad = None
         norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
@@ -234,7 +234,7 @@ class TorchEngine:
         for layer in layers:
             planner = layer.path.planner
             if isinstance(planner, StatefulPlanner):
-                mine = [d.counts_RE for d in self._last_decisions if d.layer == layer.layer_index]
+                mine = [d.counts_RE for d in self.last_decisions if d.layer == layer.layer_index]
                 planner.next_step(mine)
 
     def _counts(self, decisions: list[Decision]) -> Tensor:

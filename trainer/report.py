@@ -1,9 +1,13 @@
-"""What a run ends with: a sample, a table, summary.json and a picture of its metrics."""
+"""What a run ends with: a sample, a table, summary.json and a picture of its metrics.
+
+`python -m trainer.report RUN` writes a page about a run; see trainer/page.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +69,8 @@ def report(summary: RunSummary, run_dir: Path, console: Console | None = None) -
         console.print(f"curves: {plot_run(run_dir)}", markup=False, soft_wrap=True)
     except (ImportError, ValueError) as error:
         console.print(f"no curves: {error}", markup=False, soft_wrap=True)
+    command = f"python -m trainer.report {shlex.quote(str(run_dir))}"
+    console.print(f"a page about this run: {command}", markup=False, soft_wrap=True)
 
 
 def table(summary: RunSummary) -> Table:
@@ -157,3 +163,11 @@ def read_metrics(path: Path) -> list[tuple[int, dict[str, float | str]]]:
     if not records:
         raise ValueError(f"{path} holds no metrics")
     return sorted(records.items())
+
+
+if __name__ == "__main__":
+    import sys
+
+    from trainer.page.command import main
+
+    sys.exit(main())

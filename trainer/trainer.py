@@ -274,7 +274,7 @@ class Trainer:
                 self.progress.step,
                 stats.counts_LE,
                 engine.model,
-                engine._last_decisions,
+                engine.last_decisions,
                 self.mesh.ep_size,
             )
         )
