@@ -198,6 +198,16 @@ def test_what_choices_depend_on(name: str) -> None:
     assert coupled == router.is_coupled
 
 
+@pytest.mark.parametrize("name", [name for name in ROUTERS if ROUTERS[name]().exports])
+def test_what_exports_chooses_in_evaluation_as_the_family_does(name: str) -> None:
+    router = fitted(ROUTERS[name]())
+    for seed in range(3):
+        scores_TE = scores(seed)
+        assert chosen(router, scores_TE, training=False) == [
+            loops.best(row, TOP_K) for row in scores_TE.tolist()
+        ]
+
+
 @pytest.mark.parametrize("family", [*SOFTMAX, *SIGMOID])
 def test_weights_are_the_familys(family: str) -> None:
     """For the experts that its own router chose."""
