@@ -31,16 +31,16 @@ APART = ("seed", "run", "logger", "data.cache_dir", "checkpoint.export_dir")
 LAST = 5  # 1/5 of the steps
 ALIKE = ("train.steps", "train.batch_size", "train.seq_len", "data", "model.source", "optim.lr")
 COLUMNS = {
-    "validation loss": ("loss", "{:.4f}"),
+    "loss": ("loss", "{:.4f}"),
     "+-": ("spread", "{:.4f}"),
-    "MaxVio validation": ("max_violation", "{:.3f}"),
-    "MaxVio micro-batch": ("max_violation_micro", "{:.3f}"),
-    "load ratio home": ("load_ratio_home", "{:.3f}"),
+    "MaxVio": ("max_violation", "{:.3f}"),
+    "MaxVio, micro": ("max_violation_micro", "{:.3f}"),
+    "ratio home": ("load_ratio_home", "{:.3f}"),
     "planned": ("load_ratio", "{:.3f}"),
-    "dead experts": ("dead_experts", "{:.1f}"),
-    "routing change": ("routing_change", "{:.1%}"),
-    "rows per token": ("rows_per_token", "{:.2f}"),
-    "MB between ranks": ("megabytes", "{:.1f}"),
+    "dead": ("dead_experts", "{:.1f}"),
+    "change": ("routing_change", "{:.1%}"),
+    "rows/token": ("rows_per_token", "{:.2f}"),
+    "MB sent": ("megabytes", "{:.1f}"),
     "tokens/s": ("tokens_per_s", "{:,.0f}"),
 }
 
@@ -89,7 +89,7 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    Console(width=max(160, Console().width)).print(table_of(figures))
+    Console(width=max(200, Console().width)).print(table_of(figures))
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(one)) + "\n" for one in figures))
     if options.plot:
