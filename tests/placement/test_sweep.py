@@ -140,7 +140,7 @@ def test_a_cell_that_fails_is_in_the_table_and_others_go_on(
 
 def test_ctrl_c_leaves_finished_cells_and_no_process(tmp_path: Path) -> None:
     given = ["-m", *TINY, f"dir={tmp_path}", "n_jobs=1", "placement=contiguous,ilp"]
-    given += ["synthetic.layers=24", "synthetic.experts=128", "cluster=h100_1x8"]
+    given += ["synthetic.layers=12", "synthetic.experts=64", "cluster=h100_1x8"]
     mark = f"EVENKEEL_TEST={tmp_path}"
     started = command(*given, EVENKEEL_TEST=str(tmp_path))
     end = time.monotonic() + 60
