@@ -272,14 +272,13 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5))
+    figure, axis = pyplot.subplots(figsize=(8, 6.5), layout="constrained")
     for one in figures:
         if one.max_violation is not None:
             axis.errorbar(one.max_violation, one.loss, one.spread, fmt="o", label=one.choice)
     axis.set_xlabel("MaxVio of experts over the validation tokens (max / mean - 1)")
     axis.set_ylabel("validation loss (nats per token)")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
