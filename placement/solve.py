@@ -128,9 +128,9 @@ def solve(
     firsts = TOKEN_SHARES if _goes_by_domain(stats, objective) else TOKEN_SHARES[:1]
     rounds = len(firsts) + (ROUNDS if _is_refined(stats, objective) else 0)
     for number in range(rounds):
-        if number < len(firsts):
+        if 0 < number < len(firsts):
             problem, constant = problem_of(*limits, token_share=firsts[number])
-        else:
+        elif number:
             problem, constant = problem_of(*limits, around=best)
         near = problem
         if max_moves is None:
