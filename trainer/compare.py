@@ -229,8 +229,8 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
 
     def late(*keys: str) -> float:
         """Sum of some metrics over the last steps, mean over steps and runs."""
-        late = [own[-max(1, len(own) // LAST) :] for own in lines]
-        return mean(mean(sum(line[key] for key in keys) for line in some) for some in late)
+        newest = [own[-max(1, len(own) // LAST) :] for own in lines]
+        return mean(mean(sum(line[key] for key in keys) for line in some) for some in newest)
 
     losses = [end["validation/loss"] for end in ends]
     layers = sum(key.startswith("layer/") for key in lines[0][-1])

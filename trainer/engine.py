@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -158,7 +159,10 @@ class TorchEngine:
         norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
-        balance = {n: value for b in self.balancers for n, value in b.losses().items()}
+        balance: dict[str, float] = defaultdict(float)
+        for balancer in self.balancers:
+            for name, value in balancer.losses().items():
+                balance[name] += value
         metrics = reduce_metrics(
             {
                 "train/loss": Metric.sum(float(total_loss) / num_tokens),
