@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class ScheduledLoss(Balancer):
         coefficient: by optimizer step.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(
         self,

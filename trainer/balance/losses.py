@@ -18,9 +18,8 @@ from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks
 from trainer.balance.base import RouterLoss
 from trainer.balance.target import check_target, target_load
+from trainer.routers.family import SIGMOID_SCORES
 
-# families whose scores are sigmoids of the logits
-SIGMOID = ("deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "solar_open")
 SCOPES = {"micro_batch": "aux_loss", "sequence": "sequence_loss", "global_batch": "global_loss"}
 
 
@@ -57,14 +56,16 @@ class AuxiliaryLoss(RouterLoss):
     ) -> None:
         if scope not in SCOPES:
             raise ValueError(f"balance: scope ({scope}) must be one of {', '.join(SCOPES)}")
-        self.name, self.scope, self.target = SCOPES[scope], scope, target  # type: ignore[misc]
+        self.name, self.scope, self.target = SCOPES[scope], scope, target
         check_target(f"balance.{self.name}", target)
         super().__init__(coefficient, schedule, steps, final, until)
 
     def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
         super().attach(model, mesh)
         blocks = [block for _, block in moe_blocks(model)]
-        self.is_sigmoid = getattr(getattr(model, "config", None), "model_type", "") in SIGMOID
+        self.is_sigmoid = (
+            getattr(getattr(model, "config", None), "model_type", "") in SIGMOID_SCORES
+        )
         target_E = target_load(f"balance.{self.name}", self.target, blocks[0])
         self.target_E, self.group = target_E.to(mesh.device), mesh.dp_group
         self.num_sequences = [1] * len(blocks)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,12 +30,13 @@ class Router(Balancer):
         looks_ahead: a token's experts depend on later tokens of its sequence.
         is_coupled: they depend on other sequences of the micro-batch.
         exports: plain transformers choose alike in evaluation.
+        normalises: weights of a token sum to 1 in families where they do; else they never do.
     """
 
-    looks_ahead: ClassVar[bool] = False
-    is_coupled: ClassVar[bool] = False
-    exports: ClassVar[bool] = False
-
+    looks_ahead = False
+    is_coupled = False
+    exports = False
+    normalises = True
     step = 1
 
     def prepare(self, model: nn.Module, mesh: ParallelMesh) -> None:
@@ -96,7 +97,7 @@ class Router(Balancer):
 
     def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Weights of the chosen experts [T, K]."""
-        return self.family.weights(scores_TE, ids_TK)
+        return self.family.weights(scores_TE, ids_TK, self.normalises)
 
     def loss(self, scores_TE: Tensor) -> Tensor | None:
         """This rank's share of a loss of the router's own, of one layer in a micro-batch."""
@@ -134,6 +135,12 @@ class Native(Router):
 
     def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
         raise AssertionError("the family's own router chooses")
+
+
+def input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Token ids [T] of a call of a model."""
+    ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    return ids.flatten()
 
 
 def check_positive(key: str, value: float) -> None:

@@ -6,7 +6,6 @@ T tokens on this rank, K choices, E experts.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class Switch(Router):
         if drop not in DROPS:
             raise ValueError(f"router.drop ({drop}) must be {' or '.join(DROPS)}")
         self.capacity, self.drop = capacity, drop
-        self.looks_ahead = drop == "score"  # type: ignore[misc]
+        self.looks_ahead = drop == "score"
 
     def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
         num_tokens, num_experts = chosen_by_TE.shape
@@ -69,8 +68,9 @@ class ExpertChoice(Router):
         capacity: tokens per expert, as a multiple of its even share.
     """
 
-    looks_ahead: ClassVar[bool] = True
+    looks_ahead = True
     is_coupled = True
+    normalises = False
 
     def __init__(self, capacity: float = 1.0) -> None:
         check_positive("router.capacity", capacity)
@@ -83,9 +83,6 @@ class ExpertChoice(Router):
         none_TE = torch.full_like(chosen_by_TE, num_experts, dtype=torch.int64)
         expert_CE = torch.arange(num_experts, device=taken_CE.device).expand_as(taken_CE)
         return none_TE.scatter(0, taken_CE, expert_CE)
-
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        return scores_at(scores_TE, ids_TK) * self.family.factor
 
 
 def places(ids_M: Tensor, num_experts: int) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from parallel.model import router_of
 
 SOFTMAX = ("deepseek_v2", "ernie4_5_moe", "flex_olmo", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+# sigmoid scores, divided by their sum with norm_topk_prob
 SIGMOID = ("deepseek_v3", "dots1", "glm4_moe")
+SIGMOID_SCORES = (*SIGMOID, "exaone_moe", "solar_open")  # of which only that is known
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ class Family:
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         return logits_TE.sigmoid() if self.is_sigmoid else logits_TE.softmax(-1)
 
-    def weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """Of the chosen experts; 0 for "no expert"."""
+    def weights(self, scores_TE: Tensor, ids_TK: Tensor, normalised: bool = True) -> Tensor:
+        """Of the chosen experts; 0 for "no expert".
+
+        Args:
+            normalised: made to sum to 1 where the family does that; else never.
+        """
         weights_TK = scores_at(scores_TE, ids_TK)
-        if self.normalises:
+        if self.normalises and normalised:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-12)
         return weights_TK * self.factor
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from parallel.decisions import once
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks
-from trainer.routers.base import Router
+from trainer.routers.base import Router, input_ids
 
 
 class Hash(Router):
@@ -47,11 +47,8 @@ class Hash(Router):
     def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         return equal_weights(scores_TE, ids_TK, self.family.factor)
 
-    def _note_tokens(
-        self, model: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]
-    ) -> None:
-        ids = given["input_ids"] if "input_ids" in given else inputs[0]
-        self.token_T = ids.flatten()
+    def _note_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.token_T = input_ids(args, kwargs)
 
 
 class RandomChoice(Router):

@@ -14,7 +14,7 @@ from parallel.decisions import is_replaying
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks
 from trainer.routers.base import Router, check_positive
-from trainer.routers.family import Family, scores_at
+from trainer.routers.family import Family
 
 
 class Relu(Router):
@@ -29,6 +29,8 @@ class Relu(Router):
         coefficient: of the first step. growth: > 1.
         most: experts of a token; None for all. Of more positive ones the largest are taken.
     """
+
+    normalises = False
 
     def __init__(
         self, coefficient: float = 1e-8, growth: float = 1.2, most: int | None = None
@@ -57,11 +59,8 @@ class Relu(Router):
 
     def after_step(self, counts_LE: Tensor) -> dict[str, float]:
         per_token = float(counts_LE.sum()) / (len(counts_LE) * self.num_positions)
-        used, sign = (
-            self.coefficient,
-            (per_token > self.family.top_k) - (per_token < self.family.top_k),
-        )
-        self.coefficient *= self.growth**sign
+        used, top_k = self.coefficient, self.family.top_k
+        self.coefficient *= self.growth ** ((per_token > top_k) - (per_token < top_k))
         super().after_step(counts_LE)
         return {"router/relu_coefficient": used, "router/experts_per_token": per_token}
 
@@ -81,9 +80,6 @@ class Relu(Router):
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).relu()
-
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        return scores_at(scores_TE, ids_TK) * self.family.factor
 
     def loss(self, scores_TE: Tensor) -> Tensor:
         share = self.coefficient * len(scores_TE) / self.num_layers / self.num_positions

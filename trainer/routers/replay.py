@@ -16,7 +16,7 @@ from parallel.decisions import once
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks
 from placement.trace import Trace, load_trace
-from trainer.routers.base import Router
+from trainer.routers.base import Router, input_ids
 
 
 class Replay(Router):
@@ -28,7 +28,7 @@ class Replay(Router):
     precision may differ. Evaluation chooses as the family does.
 
     Args:
-        path: folder of files step-XXXXXXXX.npz (run.dir/routing of the recorded run).
+        path: folder of the recorded run's files, a step each (its run.dir/routing).
     """
 
     exports = True
@@ -97,5 +97,4 @@ class Replay(Router):
             )
 
     def _note_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self.token_T = ids.flatten().cpu().numpy()
+        self.token_T = input_ids(args, kwargs).cpu().numpy()

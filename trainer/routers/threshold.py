@@ -21,6 +21,8 @@ class TopP(Router):
         p: between 0 and 1. most: experts of a token; None for the family's number.
     """
 
+    normalises = False
+
     def __init__(self, p: float = 0.4, most: int | None = None) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"router.p ({p}) must be > 0 and <= 1")
@@ -41,6 +43,3 @@ class TopP(Router):
         found_TK = scores_at(scores_TE.detach(), ids_TK)
         before_TK = found_TK.cumsum(1) - found_TK
         return ids_TK.masked_fill(before_TK >= self.p, self.family.num_experts)
-
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        return scores_at(scores_TE, ids_TK) * self.family.factor

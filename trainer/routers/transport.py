@@ -5,15 +5,13 @@ T tokens on this rank, K choices, E experts.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from parallel.decisions import once
 from placement.batches import assign_by_cost
 from trainer.routers.base import Router, check_positive
-from trainer.routers.family import Family, scores_at
+from trainer.routers.family import Family
 
 
 class Sinkhorn(Router):
@@ -28,7 +26,7 @@ class Sinkhorn(Router):
             scores.
     """
 
-    looks_ahead: ClassVar[bool] = True
+    looks_ahead = True
     is_coupled = True
     exports = True
 
@@ -53,8 +51,9 @@ class Assignment(Router):
     score. Looks ahead in training; the assignment is solved on the host, exactly.
     """
 
-    looks_ahead: ClassVar[bool] = True
+    looks_ahead = True
     is_coupled = True
+    normalises = False
 
     def check(self, family: Family) -> None:
         if family.top_k != 1:
@@ -67,9 +66,6 @@ class Assignment(Router):
         if not training:
             return chosen_by_TE.argmax(1, keepdim=True)
         return once(lambda: self._assigned(chosen_by_TE))
-
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        return scores_at(scores_TE, ids_TK) * self.family.factor
 
     def _assigned(self, chosen_by_TE: Tensor) -> Tensor:
         num_tokens, num_experts = chosen_by_TE.shape

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from configs.rules import NUM_EXPERTS, TOP_K
 from configs.upcycle_schema import Routing
+from trainer.balance.bias import SELECTION_BIAS
 from trainer.export import SAFETENSORS_NAMES
 from trainer.hf_checkpoint import HFCheckpoint
 from trainer.hf_format import HFFormat, expert_key
+from trainer.routers.family import SIGMOID
 from trainer.upcycle.calibration import squared_gradients, text_tokens
 from trainer.upcycle.recipe import generator
 from trainer.upcycle.recipes.expand import Expand, allocate, parents
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-SELECTION_BIAS = "e_score_correction_bias"
 # families whose weights are a softmax of the scores, of all experts or of the chosen ones
 SOFTMAX = (
     "deepseek_v2",
@@ -40,8 +41,6 @@ SOFTMAX = (
     "qwen3_moe",
     "qwen3_next",
 )
-# families whose weights are sigmoids of the scores, with norm_topk_prob divided by their sum
-SIGMOID = ("deepseek_v3", "dots1", "glm4_moe")
 
 
 class ExpandedModel:
