@@ -29,6 +29,7 @@ from placement.table import ExpertPlacement
 from trainer.balance.base import Balancer
 from trainer.metrics import Metric, reduce_metrics
 from trainer.optim import grad_norm_
+from trainer.routers.learned import ROUTING
 from trainer.routing import routing_metrics
 
 IGNORED = -100
@@ -295,6 +296,8 @@ def shard(model: Any, mesh: ParallelMesh, *, bf16: bool, reshard_after_forward: 
             router = router_of(moe_block)
             if router is not None:
                 wrap(router, mesh.dense["dp"], routing)
+    if hasattr(model, ROUTING):
+        wrap(getattr(model, ROUTING), mesh.dense["dp"], routing)
     for block in decoder_layers(model):
         wrap(block, mesh.dense["dp"], policy)
     wrap(model, mesh.dense["dp"], policy)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.layer import ExpertParallel
 from parallel.model import moe_layers
+from trainer.routers.learned import ROUTING
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -54,9 +55,11 @@ def parameter_groups(
 
 
 def _router_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of router parameters: `gate` or `router` beside `experts`."""
+    """Beginnings of the names of router parameters: `gate` or `router` beside `experts`, and those
+    of a router of the trainer's."""
     blocks = [name.removesuffix("experts") for name, _ in model.named_modules() if _is_moe(name)]
-    return tuple(f"{block}{router}." for block in blocks for router in ("gate", "router"))
+    own = tuple(f"{block}{router}." for block in blocks for router in ("gate", "router"))
+    return (*own, f"{ROUTING}.")
 
 
 def _is_moe(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.compose import load
 from parallel.mesh import ParallelMesh
-from parallel.model import moe_blocks, parallelize, router_of
+from parallel.model import parallelize, router_of
 from tests.families import COMMON, tiny_config
 from tests.parallel.test_layer import RandomPlanner
 from tests.ranks import run_ranks
@@ -26,8 +27,10 @@ from trainer.routers.chosen import chosen_router
 from trainer.routers.family import SIGMOID, SOFTMAX, Family, scores_at
 from trainer.routers.fixed import Hash, RandomChoice
 from trainer.routers.groups import GroupBalanced, GroupLimited, Prototypes
+from trainer.routers.learned import ROUTING
 from trainer.routers.threshold import TopP
 from trainer.routers.transport import Assignment, Sinkhorn
+from trainer.state import model_state
 
 EXPERTS, TOP_K, TOKENS = 8, 2, 24
 ROUTERS: dict[str, Any] = {
@@ -228,15 +231,17 @@ def test_weights_are_the_familys(family: str) -> None:
     torch.testing.assert_close(got_TK.to(weights_TK.dtype), weights_TK, rtol=1e-5, atol=1e-7)
 
 
-def engine_run(name: str, ep: int, family: str, recompute: bool) -> tuple[Any, ...]:
-    """Losses, rows and parameters after three steps, on one rank of several."""
-    one = {"num_experts_per_tok": 1, "num_experts": 4} if name == "assignment" else {}
+def engine_run(
+    make: Callable[[], Router], ep: int, family: str, recompute: bool
+) -> tuple[Any, ...]:
+    """Losses, rows and router weights after three steps, on one rank of several."""
+    router = make()
+    one = {"num_experts_per_tok": 1, "num_experts": 4} if isinstance(router, Assignment) else {}
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model: Any = AutoModelForCausalLM.from_config(tiny_config(family, **one)).double()
     mesh = ParallelMesh.build(ep=ep, device_type="cpu")
     parallelize(model, mesh, planner=RandomPlanner(3))
-    router = ROUTERS[name]()
     engine = TorchEngine(
         model,
         mesh,
@@ -253,10 +258,24 @@ def engine_run(name: str, ep: int, family: str, recompute: bool) -> tuple[Any, .
         stats = engine.train_step([{k: v[part] for k, v in batch.items()} for part in parts])
         seen.append((stats.metrics["train/loss"], stats.metrics["train/balance_loss"]))
         seen.append(stats.metrics["moe/rows"])
-    name, block = moe_blocks(model)[0]
-    own: Any = router_of(block)
-    weight = own.weight.full_tensor() if hasattr(own.weight, "full_tensor") else own.weight
-    return seen, weight.detach().clone(), router.state_dict()
+    state = model_state(model)
+    weights = {key: whole(state[key]) for key in state if ".0.mlp.gate" in key or ROUTING in key}
+    return seen, weights, router.state_dict()
+
+
+def whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach().clone()
+
+
+def check_alike(wide: list[Any], alone: Any) -> None:
+    """What ranks saw and what one process saw."""
+    for seen, weights, state in wide:
+        assert state == alone[2]
+        for got, want in zip(seen, alone[0], strict=True):
+            assert got == pytest.approx(want, rel=1e-6)
+        assert weights.keys() == alone[1].keys() != set()
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, alone[1][key], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -264,19 +283,18 @@ def engine_run(name: str, ep: int, family: str, recompute: bool) -> tuple[Any, .
 def test_expert_parallelism_changes_nothing(name: str, recompute: bool) -> None:
     """Four ranks of two, a micro-batch each, and one process with four micro-batches."""
     family = "glm4_moe" if name in ("switch", "group balanced") else "qwen3_moe"
-    wide = run_ranks(engine_run, 4, name, 2, family, recompute)
-    (alone,) = run_ranks(engine_run, 1, name, 1, family, False)
-    for seen, weight, state in wide:
-        assert state == {"step": 4}
-        for got, want in zip(seen, alone[0], strict=True):
-            assert got == pytest.approx(want, rel=1e-6)
-        torch.testing.assert_close(weight, alone[1], rtol=1e-5, atol=1e-8)
+    wide = run_ranks(engine_run, 4, ROUTERS[name], 2, family, recompute)
+    (alone,) = run_ranks(engine_run, 1, ROUTERS[name], 1, family, False)
+    assert alone[2] == {"step": 4}
+    check_alike(wide, alone)
 
 
 def test_random_choices_are_kept_in_a_repeated_forward() -> None:
-    plain, again = (run_ranks(engine_run, 2, "random", 2, "qwen3_moe", r) for r in (False, True))
+    plain, again = (
+        run_ranks(engine_run, 2, RandomChoice, 2, "qwen3_moe", r) for r in (False, True)
+    )
     for a, b in zip(plain, again, strict=True):
-        assert a[0] == b[0] and torch.equal(a[1], b[1])
+        assert a[0] == b[0] and all(torch.equal(a[1][key], b[1][key]) for key in a[1])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +330,8 @@ def test_refusals(make: Any, why: str) -> None:
         (["router=switch", "router.drop=score"], "qwen3_moe", r"router \(Switch\) lets"),
         (["router=hash", "checkpoint.export=true"], "mixtral", r"would write a mixtral in which"),
         (["router=switch"], "gpt_oss", r"only router=native is known for gpt_oss"),
+        (["router=rectified"], "qwen3_moe", r"router \(Rectified\) lets"),
+        (["router=cosine", "balance=coupling"], "qwen3_moe", r"router \(Cosine\) does not use"),
     ],
 )
 def test_what_does_not_fit_a_run(overrides: list[str], family: str, why: str) -> None:

@@ -1,6 +1,6 @@
 """Routers: another choice of experts by the logits of the family's own router.
 
-T tokens on this rank, K choices, E experts.
+T tokens on this rank, K choices, E experts, D hidden width, L MoE layers.
 
 A router is a hook on the family's own: parameters, their names and checkpoints stay as they are,
 and whatever reads (logits, weights, ids) behind it, balancers and experts, sees its choice. The id
@@ -13,6 +13,7 @@ from abc import abstractmethod
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.mesh import ParallelMesh
@@ -31,12 +32,14 @@ class Router(Balancer):
         is_coupled: they depend on other sequences of the micro-batch.
         exports: plain transformers choose alike in evaluation.
         normalises: weights of a token sum to 1 in families where they do; else they never do.
+        replaces_weights: the family's router weights take no part, and stay as they are.
     """
 
     looks_ahead = False
     is_coupled = False
     exports = False
     normalises = True
+    replaces_weights = False
     step = 1
 
     def prepare(self, model: nn.Module, mesh: ParallelMesh) -> None:
@@ -91,6 +94,14 @@ class Router(Balancer):
                 where the family has one; without gradient.
         """
 
+    def logits(self, layer: int, hidden_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        """Of every expert [T, E], and of further choices that need no dispatch after them.
+
+        Args:
+            hidden_TD: the router's input. logits_TE: the family's own.
+        """
+        return logits_TE
+
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Of every expert, that weights are made of; float32 or float64 [T, E]."""
         return self.family.scores(logits_TE)
@@ -99,7 +110,7 @@ class Router(Balancer):
         """Weights of the chosen experts [T, K]."""
         return self.family.weights(scores_TE, ids_TK, self.normalises)
 
-    def loss(self, scores_TE: Tensor) -> Tensor | None:
+    def loss(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor | None:
         """This rank's share of a loss of the router's own, of one layer in a micro-batch."""
         return None
 
@@ -111,15 +122,20 @@ class Router(Balancer):
         layer: int,
         block: nn.Module,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits_TE, weights_TK, _ = output
+        own_TE, own_TK, _ = output
+        logits_TE = self.logits(layer, inputs[0].flatten(0, -2), own_TE)
         scores_TE = self.scores(logits_TE)
         chosen_by_TE, bias = scores_TE.detach(), selection_bias(block)
+        num_experts = self.family.num_experts
         if bias is not None:
-            chosen_by_TE = chosen_by_TE + bias.to(chosen_by_TE.dtype).view(-1)
+            bias = bias.to(chosen_by_TE.dtype).view(-1)
+            chosen_by_TE = chosen_by_TE + F.pad(bias, (0, scores_TE.shape[1] - num_experts))
         ids_TK = self.choose(layer, scores_TE, chosen_by_TE, own.training)
-        weights_TK = self.weigh(scores_TE, ids_TK).to(weights_TK.dtype)
-        loss = self.loss(scores_TE) if own.training else None
-        return logits_TE, weights_TK if loss is None else joined(weights_TK, loss), ids_TK
+        weights_TK = self.weigh(scores_TE, ids_TK).to(own_TK.dtype)
+        loss = self.loss(scores_TE, ids_TK) if own.training else None
+        if loss is not None:
+            weights_TK = joined(weights_TK, loss)
+        return logits_TE[:, :num_experts], weights_TK, ids_TK.clamp(max=num_experts)
 
 
 class Native(Router):

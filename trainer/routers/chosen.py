@@ -19,7 +19,8 @@ def chosen_router(config: Config, model: Any, mesh: ParallelMesh) -> Router:
 
     Raises:
         ValueError: for a family or sizes that it does not fit, for one that looks ahead unless that
-            is allowed, and for an export of what plain transformers would not choose.
+            is allowed, for a balancer that it leaves without effect, and for an export of what
+            plain transformers would not choose.
     """
     router: Router = instantiate(config.router)
     router.prepare(model, mesh)
@@ -29,6 +30,11 @@ def chosen_router(config: Config, model: Any, mesh: ParallelMesh) -> Router:
             f"router ({name}) lets a token's experts depend on later tokens of its sequence; the "
             f"model will not have them when it generates. Set train.allow_lookahead=true if that "
             f"is meant, or use another router"
+        )
+    if router.replaces_weights and "coupling" in config.balance:
+        raise ValueError(
+            f"balance=coupling compares experts with the family's router weights, which router "
+            f"({name}) does not use; choose another balance"
         )
     if config.checkpoint.export and not router.exports:
         raise ValueError(

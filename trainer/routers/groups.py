@@ -5,9 +5,12 @@ T tokens on this rank, K choices, E experts, G groups.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from parallel.mesh import ParallelMesh
 from trainer.routers.base import Router
 from trainer.routers.family import Family, scores_at
 
@@ -64,6 +67,8 @@ class GroupLimited(Router):
     """The best K experts of the best groups (arXiv:2405.04434; by the sum of the best two:
     arXiv:2412.19437). Bounds the ranks or nodes that a token visits.
 
+    Families with sigmoids have it themselves: their exported configuration names the groups.
+
     Args:
         groups: of neighbouring experts; None for one per EP rank. kept: groups of a token.
     """
@@ -80,12 +85,19 @@ class GroupLimited(Router):
             raise ValueError(
                 f"router.kept ({self.kept}) must be between 1 and router.groups ({self.num_groups})"
             )
+        self.exports = family.is_sigmoid and family.num_experts >= 2 * self.num_groups
         room = self.kept * family.num_experts // self.num_groups
         if room < family.top_k:
             raise ValueError(
                 f"router.kept ({self.kept}) groups have {room} experts, a token needs "
                 f"{family.top_k}; keep more"
             )
+
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        super().attach(model, mesh)
+        if self.exports:
+            config: Any = model.config
+            config.n_group, config.topk_group = self.num_groups, self.kept
 
     def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
         grouped_TGE = chosen_by_TE.unflatten(1, (self.num_groups, -1))

@@ -8,16 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.decisions import is_replaying
-from parallel.mesh import ParallelMesh
-from parallel.model import moe_blocks
-from trainer.routers.base import Router, check_positive
+from trainer.routers.base import check_positive
 from trainer.routers.family import Family
+from trainer.routers.with_loss import LossRouter
 
 
-class Relu(Router):
+class Relu(LossRouter):
     """Weights are the positive parts of the logits (ReMoE, arXiv:2412.14711).
 
     An L1 loss keeps it sparse and balanced: coefficient * mean over tokens and layers of
@@ -31,6 +29,7 @@ class Relu(Router):
     """
 
     normalises = False
+    name = "relu_loss"
 
     def __init__(
         self, coefficient: float = 1e-8, growth: float = 1.2, most: int | None = None
@@ -38,8 +37,8 @@ class Relu(Router):
         check_positive("router.coefficient", coefficient)
         if not growth > 1:
             raise ValueError(f"router.growth ({growth}) must be > 1")
-        self.coefficient, self.growth, self.most = coefficient, growth, most
-        self.num_positions, self.total = 1, torch.zeros(())
+        super().__init__(coefficient)
+        self.growth, self.most = growth, most
 
     def check(self, family: Family) -> None:
         self.num_choices = family.num_experts if self.most is None else self.most
@@ -49,23 +48,12 @@ class Relu(Router):
                 f"({family.top_k}) and the number of experts ({family.num_experts})"
             )
 
-    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
-        super().attach(model, mesh)
-        self.num_layers = len(moe_blocks(model))
-
-    def before_step(self, num_positions: int) -> None:
-        super().before_step(num_positions)
-        self.num_positions, self.total = num_positions, torch.zeros(())
-
     def after_step(self, counts_LE: Tensor) -> dict[str, float]:
-        per_token = float(counts_LE.sum()) / (len(counts_LE) * self.num_positions)
-        used, top_k = self.coefficient, self.family.top_k
+        metrics = super().after_step(counts_LE)
+        per_token, top_k = metrics["router/experts_per_token"], self.family.top_k
+        used = self.coefficient
         self.coefficient *= self.growth ** ((per_token > top_k) - (per_token < top_k))
-        super().after_step(counts_LE)
-        return {"router/relu_coefficient": used, "router/experts_per_token": per_token}
-
-    def losses(self) -> dict[str, float]:
-        return {"relu_loss": float(self.total)}
+        return {"router/relu_coefficient": used, **metrics}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "coefficient": self.coefficient}
@@ -81,12 +69,8 @@ class Relu(Router):
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).relu()
 
-    def loss(self, scores_TE: Tensor) -> Tensor:
-        share = self.coefficient * len(scores_TE) / self.num_layers / self.num_positions
-        loss = share * l1_loss(scores_TE, self.family.top_k)
-        if not is_replaying():
-            self.total = loss.detach().double() + self.total.to(loss.device)
-        return loss
+    def of_layer(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        return l1_loss(scores_TE, self.family.top_k)
 
 
 def l1_loss(scores_TE: Tensor, top_k: int) -> Tensor:
