@@ -1,10 +1,11 @@
-"""Compare finished runs: `python -m trainer.compare FOLDER ... [--json FILE] [--plot FILE]`.
+"""Compare runs: `python -m trainer.compare [--json FILE] [--plot FILE] FOLDER ... | -m OVERRIDES`.
 
-A sweep makes them, and goes on with what is missing when it is started again:
+Of finished runs, or of a sweep that is trained first and goes on with what is missing when it is
+started again:
 
-    torchrun --nproc-per-node 2 -m trainer.train -m experiment=quickstart model=tiny_sigmoid \\
-        run.name=balancing checkpoint.export=false balance=none,loss_free,aux_loss seed=0,1,2
-    python -m trainer.compare runs/balancing --plot balancing.png
+    torchrun --nproc-per-node 2 -m trainer.compare --plot balancing.png -m experiment=quickstart \\
+        model=tiny_sigmoid checkpoint.export=false balance=none,loss_free,aux_loss seed=0,1,2
+    python -m trainer.compare runs/balancing runs/routers
 
 Runs that differ in the seed alone are one choice: means, and the standard deviation of the
 validation loss. Figures of training are means over the last fifth of the steps.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Column, Table
+
+from trainer.train import main as train
 
 # keys that set no choice apart
 APART = ("seed", "run", "logger", "data.cache_dir", "checkpoint.export_dir")
@@ -39,7 +43,9 @@ COLUMNS = {
     "planned": ("load_ratio", "{:.3f}"),
     "dead": ("dead_experts", "{:.1f}"),
     "change": ("routing_change", "{:.1%}"),
+    "affinity": ("affinity", "{:.3f}"),
     "rows/token": ("rows_per_token", "{:.2f}"),
+    "dropped": ("dropped", "{:.1%}"),
     "MB sent": ("megabytes", "{:.1f}"),
     "tokens/s": ("tokens_per_s", "{:,.0f}"),
 }
@@ -55,7 +61,10 @@ class Figures:
             max_violation_micro: over micro-batches of training.
         load_ratio_home, load_ratio: of ranks, before and after planning.
         routing_change: share of the validation tokens' choices that the last two validations do
-            not have in common. rows_per_token: of a layer, in training.
+            not have in common. affinity: share of validation pairs of experts in successive layers
+            that the most frequent successors have; 1/E where layers tell nothing of each other.
+        rows_per_token: of a layer, in training. dropped: share of choices without room, of routers
+            with a capacity.
         megabytes: of tokens and their outputs between ranks per step, forward pass.
     """
 
@@ -69,23 +78,41 @@ class Figures:
     load_ratio: float
     dead_experts: float | None
     routing_change: float | None
+    affinity: float | None
     rows_per_token: float
+    dropped: float | None
     megabytes: float
     tokens_per_s: float
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    swept = arguments.index("-m") if "-m" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m trainer.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="with runs at or below them")
+    parser.add_argument("folders", nargs="*", type=Path, help="with runs at or below them")
     parser.add_argument("--json", type=Path, help="write the figures, a line per choice")
     parser.add_argument("--plot", type=Path, help="validation loss against MaxVio, as a picture")
-    options = parser.parse_args()
+    parser.add_argument(
+        "-m",
+        dest="sweep",
+        metavar="OVERRIDES",
+        help="train a sweep first, as trainer.train -m does",
+    )
+    options = parser.parse_args(arguments[:swept])
+    folders = options.folders
+    if swept < len(arguments):
+        sys.argv = ["trainer.train", *arguments[swept:]]
+        folders = [*folders, *train()]
+        if int(os.environ.get("RANK", "0")):
+            return
+    elif not folders:
+        parser.error("give folders of runs, or -m and the overrides of a sweep")
     try:
-        figures = compare(options.folders)
+        figures = compare(folders)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -245,7 +272,9 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
         late("moe/load_ratio"),
         last("validation/dead_experts"),
         last("validation/routing_change"),
+        last("validation/affinity"),
         late("moe/rows") / layers / late("train/tokens"),
+        late("router/dropped") if "router/dropped" in lines[0][-1] else None,
         late("moe/bytes_within_nodes", "moe/bytes_across_nodes") / 1e6,
         late("speed/tokens_per_s"),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,7 +61,8 @@ def routing_metrics(
 
 
 class ValidationRouting:
-    """Balance of experts on the validation tokens, and how much choices changed since last time."""
+    """Of the validation tokens: balance of experts, how much choices of a layer tell of the next
+    one's, and how many changed since last time."""
 
     def __init__(self) -> None:
         self._before: Tensor | None = None
@@ -76,20 +79,38 @@ class ValidationRouting:
         counts_LE = torch.zeros(layers, num_experts + 1, dtype=torch.int64)
         for layer, ids_TK in routing:
             counts_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=num_experts + 1)
+        pairs_LEE = torch.zeros(layers - 1, num_experts, num_experts, dtype=torch.int64)
+        for (layer, ids_TK), (after, next_TK) in pairwise(routing):
+            if after == layer + 1:
+                pairs_LEE[layer] += pairs(ids_TK, next_TK, num_experts)
         now_TK = torch.cat([ids_TK for _, ids_TK in routing])
         # of the choices now, how many were made before, too
         kept = [] if self._before is None else [(now_TK[:, :, None] == self._before[:, None]).sum()]
-        parts = [counts_LE.flatten(), torch.tensor([now_TK.numel(), *kept])]
+        parts = [counts_LE.flatten(), pairs_LEE.flatten(), torch.tensor([now_TK.numel(), *kept])]
         total = torch.cat(parts).to(mesh.device)
         dist.all_reduce(total, group=mesh.dp_group)
-        counts_LE = total[: counts_LE.numel()].view_as(counts_LE)[:, :num_experts].cpu()
+        counts, found, _ = total.split([counts_LE.numel(), pairs_LEE.numel(), 1 + len(kept)])
+        counts_LE = counts.view_as(counts_LE)[:, :num_experts].cpu()
+        pairs_LEE = found.view_as(pairs_LEE)
         violations = [max_violation(counts_E) for counts_E in counts_LE]
         metrics = {
             "validation/max_violation": sum(violations) / layers,
             "validation/dead_experts": float((counts_LE == 0).sum()),
             "validation/rows": float(counts_LE.sum()),
         }
+        if pairs_LEE.any():
+            affinity = pairs_LEE.amax(2).sum() / pairs_LEE.sum()
+            metrics["validation/affinity"] = float(affinity)
         if kept:
             metrics["validation/routing_change"] = 1 - float(total[-1]) / float(total[-2])
         self._before = now_TK
         return metrics
+
+
+def pairs(ids_TK: Tensor, next_TK: Tensor, num_experts: int) -> Tensor:
+    """How often an expert and one of the next layer have the same token, int64 [E, E]."""
+    here_TE, next_TE = (
+        torch.zeros(len(ids), num_experts + 1, dtype=torch.float64).scatter_(1, ids.long(), 1.0)
+        for ids in (ids_TK, next_TK)
+    )
+    return (here_TE.T @ next_TE)[:num_experts, :num_experts].long()

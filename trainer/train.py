@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -33,30 +34,37 @@ class ConfigError(ValueError):
     """The configuration cannot be run; the message names key, value and remedy."""
 
 
-def main() -> None:
+def main() -> list[Path]:
     """Run or sweep what the command line says; errors of the user end in one message.
+
+    Returns the folders of the runs.
 
     Every rank composes the same configuration; rank 0 speaks. The exit code is 2 for a
     configuration that is refused and 1 for a run that fails. With HYDRA_FULL_ERROR=1 the
     traceback is shown as well.
     """
     if _rank() and any(argument.partition("=")[0] in ASKS_FOR_TEXT for argument in sys.argv[1:]):
-        return
+        return []
     full_error = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     register()
+    folders: list[Path] = []
+
+    @_one_message(full_error)
+    def job(composed: DictConfig) -> None:
+        folders.append(_job(composed))
+
     with _one_message(full_error):
         # inside the job too: Hydra prints a line of its own about an error that leaves a job
-        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(
-            _one_message(full_error)(_job)
-        )()
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()
     from trainer.ranks import finish_ranks
 
     finish_ranks()
+    return folders
 
 
-def _job(composed: DictConfig) -> None:
-    """Check the configuration, save it with the run, train."""
+def _job(composed: DictConfig) -> Path:
+    """Check the configuration, save it with the run, train; the run's folder."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         _check_sweep_folder(composed)
@@ -69,6 +77,7 @@ def _job(composed: DictConfig) -> None:
     from trainer.run import run
 
     run(config)
+    return Path(config.run.dir)
 
 
 def _check_sweep_folder(composed: DictConfig) -> None:

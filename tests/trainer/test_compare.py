@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from configs.compose import load
 from tests.ranks import run_ranks
 from tests.trainer.test_routers_stateful import whole_run
-from tests.trainer.test_run import TINY, corpus
+from tests.trainer.test_run import TINY, corpus, environment
 from trainer.compare import choices, compare, main
 
 STEPS = 10
@@ -147,3 +148,21 @@ def test_real_runs(
     assert found[native]["load_ratio_home"] > 1.0
     assert [one["rows_per_token"] for one in found.values()] == pytest.approx([2, 2], rel=0.1)
     assert all(0 <= one["routing_change"] < 1 for one in found.values()), found
+
+
+def test_a_sweep_is_trained_and_compared_and_not_again(tmp_path: Path) -> None:
+    text, table = corpus(tmp_path / "text"), tmp_path / "figures.jsonl"
+    sweep = ["-m", *TINY, f"data.sources.text.paths={text}/*.txt", "checkpoint.export=false"]
+    sweep += ["balance=none,aux_loss", f"run.dir={tmp_path}/runs/now${{sweep_job:}}"]
+    ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    command = [sys.executable, *ranks, "-m", "trainer.compare", "--json", str(table), *sweep]
+    found = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line) for line in table.read_text().splitlines()])
+        table.unlink()
+    assert {one["choice"] for one in found[0]} == {"balance=none", "balance=aux_loss"}
+    assert found[0] == found[1] and "is complete at step 6" in done.stdout
+    assert done.stdout.count("balance=aux_loss") >= 1
+    assert all(0 < one["affinity"] <= 1 and one["dropped"] is None for one in found[0])

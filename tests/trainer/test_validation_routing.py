@@ -41,7 +41,13 @@ def test_against_loops() -> None:
     for ranks in routings():
         counts = [[0] * EXPERTS for _ in range(LAYERS)]
         choices = []
+        pairs = [[0] * EXPERTS for _ in range(EXPERTS)]
         for forwards in ranks:
+            for (_, first), (_, second) in zip(forwards[::2], forwards[1::2], strict=True):
+                for a, b in zip(first.tolist(), second.tolist(), strict=True):
+                    for i in set(a) - {EXPERTS}:
+                        for j in set(b) - {EXPERTS}:
+                            pairs[i][j] += 1
             for layer, ids_TK in forwards:
                 for row in ids_TK.tolist():
                     choices.append(row)
@@ -53,6 +59,7 @@ def test_against_loops() -> None:
             "validation/max_violation": sum(ratios) / LAYERS,
             "validation/dead_experts": float(sum(row.count(0) for row in counts)),
             "validation/rows": float(sum(map(sum, counts))),
+            "validation/affinity": sum(map(max, pairs)) / sum(map(sum, pairs)),
         }
         if before is not None:
             kept = [len(set(a) & set(b)) for a, b in zip(choices, before, strict=True)]

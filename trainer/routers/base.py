@@ -28,6 +28,7 @@ class Router(Balancer):
 
     Attributes:
         step: of the optimizer, from 1. passes: of every layer in it, counted by `next_pass`.
+        num_positions: of the global batch.
         looks_ahead: a token's experts depend on later tokens of its sequence.
         is_coupled: they depend on other sequences of the micro-batch.
         exports: plain transformers choose alike in evaluation.
@@ -41,6 +42,7 @@ class Router(Balancer):
     normalises = True
     replaces_weights = False
     step = 1
+    num_positions = 1
 
     def prepare(self, model: nn.Module, mesh: ParallelMesh) -> None:
         """Look at the model, which may be on the meta device.
@@ -61,7 +63,7 @@ class Router(Balancer):
             own.register_forward_hook(partial(self._replace, layer=layer, block=block))
 
     def before_step(self, num_positions: int) -> None:
-        self.passes = {}
+        self.passes, self.num_positions = {}, num_positions
 
     def after_step(self, counts_LE: Tensor) -> dict[str, float]:
         self.step += 1
@@ -79,6 +81,10 @@ class Router(Balancer):
         Raises:
             ValueError: naming key, value and bound.
         """
+
+    def experts_per_token(self, counts_LE: Tensor) -> float:
+        """Of the global batch, in the mean."""
+        return float(counts_LE.sum()) / (len(counts_LE) * self.num_positions)
 
     def next_pass(self, layer: int) -> int:
         """The number of this micro-batch in the step, from 0; call once per forward."""

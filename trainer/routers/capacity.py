@@ -16,7 +16,15 @@ from trainer.routers.family import scores_at
 DROPS = ("position", "score")
 
 
-class Switch(Router):
+class Capacity(Router):
+    """Some of a token's K choices may find no room."""
+
+    def after_step(self, counts_LE: Tensor) -> dict[str, float]:
+        dropped = 1 - self.experts_per_token(counts_LE) / self.family.top_k
+        return {**super().after_step(counts_LE), "router/dropped": dropped}
+
+
+class Switch(Capacity):
     """The best experts, each with room for ceil(capacity * T * K / E) rows of a rank's micro-batch;
     the rest is dropped (arXiv:2101.03961; by score: arXiv:2202.08906).
 

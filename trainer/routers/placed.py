@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_layers
 from trainer.routers.base import Router, check_positive
-from trainer.routers.capacity import places
+from trainer.routers.capacity import Capacity, places
 
 
 class Placed(Router):
@@ -33,7 +33,7 @@ class Placed(Router):
         return home_E
 
 
-class Rectified(Placed):
+class Rectified(Placed, Capacity):
     """Capacity without dropping (Rectify-Router, arXiv:2402.12399): a row that finds no room goes
     to the best expert of its own rank that has some; room that is left goes to tokens whose next
     best expert has it.

@@ -28,7 +28,7 @@ class LossRouter(Router):
         if not coefficient >= 0:
             raise ValueError(f"router.coefficient ({coefficient}) must be >= 0")
         self.coefficient = coefficient
-        self.num_positions, self.num_layers, self.total = 1, 1, torch.zeros(())
+        self.num_layers, self.total = 1, torch.zeros(())
 
     def of_layer(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """The loss of one layer for the tokens of a micro-batch on this rank, their mean."""
@@ -40,12 +40,11 @@ class LossRouter(Router):
 
     def before_step(self, num_positions: int) -> None:
         super().before_step(num_positions)
-        self.num_positions, self.total = num_positions, torch.zeros(())
+        self.total = torch.zeros(())
 
     def after_step(self, counts_LE: Tensor) -> dict[str, float]:
-        super().after_step(counts_LE)
-        per_token = float(counts_LE.sum()) / (len(counts_LE) * self.num_positions)
-        return {"router/experts_per_token": per_token}
+        metrics = super().after_step(counts_LE)
+        return {**metrics, "router/experts_per_token": self.experts_per_token(counts_LE)}
 
     def losses(self) -> dict[str, float]:
         return {self.name: float(self.total)}
