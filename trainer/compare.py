@@ -24,10 +24,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from trainer.page.history import NAME, read_history
 from trainer.train import main as train
 
 # keys that set no choice apart
@@ -38,7 +40,8 @@ COLUMNS = {
     "loss": ("loss", "{:.4f}"),
     "+-": ("spread", "{:.4f}"),
     "MaxVio": ("max_violation", "{:.3f}"),
-    "MaxVio, micro": ("max_violation_micro", "{:.3f}"),
+    "trained": ("max_violation_trained", "{:.3f}"),
+    "micro": ("max_violation_micro", "{:.3f}"),
     "ratio home": ("load_ratio_home", "{:.3f}"),
     "planned": ("load_ratio", "{:.3f}"),
     "dead": ("dead_experts", "{:.1f}"),
@@ -58,7 +61,8 @@ class Figures:
     Attributes:
         loss, spread: validation loss in nats per token, and its deviation over the seeds.
         max_violation: max/mean - 1 rows per expert over the validation tokens;
-            max_violation_micro: over micro-batches of training.
+            max_violation_trained: over all rows of the last logged steps of training, summed;
+            max_violation_micro: over micro-batches of training, their mean.
         load_ratio_home, load_ratio: of ranks, before and after planning.
         routing_change: share of the validation tokens' choices that the last two validations do
             not have in common. affinity: share of validation pairs of experts in successive layers
@@ -73,6 +77,7 @@ class Figures:
     loss: float
     spread: float | None
     max_violation: float | None
+    max_violation_trained: float | None
     max_violation_micro: float
     load_ratio_home: float
     load_ratio: float
@@ -260,6 +265,7 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
         return mean(mean(sum(line[key] for key in keys) for line in some) for some in newest)
 
     losses = [end["validation/loss"] for end in ends]
+    trained = [trained_violation(run / NAME) for run in runs if (run / NAME).exists()]
     layers = sum(key.startswith("layer/") for key in lines[0][-1])
     return Figures(
         name,
@@ -267,6 +273,7 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
         mean(losses),
         stdev(losses) if len(losses) > 1 else None,
         last("validation/max_violation"),
+        mean(trained) if trained else None,
         late("moe/max_violation"),
         late("moe/load_ratio_home"),
         late("moe/load_ratio"),
@@ -278,6 +285,14 @@ def of_choice(name: str, runs: Sequence[Path]) -> Figures:
         late("moe/bytes_within_nodes", "moe/bytes_across_nodes") / 1e6,
         late("speed/tokens_per_s"),
     )
+
+
+def trained_violation(history: Path) -> float:
+    """max/mean - 1 rows per expert over the last logged steps together, mean over layers."""
+    points = read_history(history).points
+    newest = points[-max(1, len(points) // LAST) :]
+    load_LE = np.sum([point.load_LE for point in newest], axis=0)
+    return float(np.mean(load_LE.max(1) / load_LE.mean(1)) - 1)
 
 
 def table_of(figures: Sequence[Figures]) -> Table:

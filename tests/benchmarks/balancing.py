@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.balancing --plot docs/balancing.png
 
-Trains a small byte-level MoE (model=tiny_sigmoid) on the standard library with every choice and three
-seeds, on two CPU ranks, and prints the table of `trainer.compare`. Data, steps and seeds are alike;
-so are active operations but for the choices whose rows per token differ, which the table shows.
-Stopped and started again it goes on with what is missing. `--quick`: one seed, 40 steps.
+Trains a small byte-level MoE (model=tiny_sigmoid) on the standard library with every choice and
+three seeds, on two CPU ranks, and prints the table of `trainer.compare`. Data, steps and seeds are
+alike; so are active operations but for the choices whose rows per token differ, which the table
+shows. Stopped and started again it goes on with what is missing. `--quick`: one seed, 40 steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ COMMON = (
     "experiment=quickstart",
     "model=tiny_sigmoid",
     "train.eval_batches=8",
+    "train.log_every=2",
     "train.generate=0",
     "checkpoint.every=0",
     "checkpoint.export=false",
@@ -29,9 +30,9 @@ CHOICES = (
     ("balance=loss_free", "balance.loss_free.rate=0.001,0.01"),
     (
         "balance=loss_free",
-        "balance.loss_free.update=proportional",
-        "balance.loss_free.rate=0.05",
+        "balance.loss_free.rate=0.02",
         "balance.loss_free.schedule=linear",
+        "balance.loss_free.final=0.0002",
         "balance.loss_free.steps=${train.steps}",
     ),
     ("balance=aux_loss", "balance.aux_loss.coefficient=0.0001,0.001,0.01,0.1"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.trainer.test_routers_stateful import whole_run
 from tests.trainer.test_run import TINY, corpus, environment
 from trainer.compare import choices, compare, main
+from trainer.page.history import Point, encode
 
 STEPS = 10
 
@@ -48,6 +50,9 @@ def made_up(folder: Path, number: int, shift: float = 0.0, **config: Any) -> Non
         for n in range(1, STEPS + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loads = [np.array([[n, 1, 1], [4, 4, 4]], dtype=np.int64) for n in range(1, STEPS + 1)]
+    points = [encode(Point(n, load_LE)) for n, load_LE in enumerate(loads, start=1)]
+    (folder / "history.jsonl").write_text("\n".join(points) + "\n")
     last = {"validation/loss": 3.0 + shift + number, "validation/max_violation": 0.5 * number}
     (folder / "summary.json").write_text(json.dumps({"validation": last}))
 
@@ -62,6 +67,8 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert best.loss == pytest.approx(2.5) and other.loss == pytest.approx(3.5)
     assert best.spread == pytest.approx(0.5**0.5)
     assert best.max_violation == pytest.approx(0.25)
+    # of steps 9 and 10: 19, 2, 2 rows in one layer, alike in the other
+    assert best.max_violation_trained == pytest.approx((19 / (23 / 3) - 1) / 2)
     assert best.max_violation_micro == pytest.approx(9.5)  # of steps 9 and 10
     assert (best.load_ratio_home, best.load_ratio) == (2.0, pytest.approx(10.5))
     assert best.rows_per_token == pytest.approx(400 / 2 / 100)
