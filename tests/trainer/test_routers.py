@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from configs.compose import load
 from parallel.mesh import ParallelMesh
 from parallel.model import parallelize, router_of
+from placement.table import ExpertPlacement
 from tests.families import COMMON, tiny_config
 from tests.parallel.test_layer import RandomPlanner
 from tests.ranks import run_ranks
@@ -289,6 +290,21 @@ def test_expert_parallelism_changes_nothing(name: str, recompute: bool) -> None:
     check_alike(wide, alone)
 
 
+def elsewhere(groups: int | None) -> None:
+    model: Any = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+    mesh = ParallelMesh.build(ep=2, device_type="cpu")
+    homes = torch.tensor([0, 1] * (model.config.num_experts // 2))
+    home_LE = homes.expand(model.config.num_hidden_layers, -1)
+    parallelize(model, mesh, placement=ExpertPlacement(home_LE, 2))
+    GroupBalanced(groups).attach(model, mesh)
+
+
+def test_groups_of_ranks_need_their_homes() -> None:
+    run_ranks(elsewhere, 2, 2)
+    with pytest.raises(AssertionError, match=r"router.groups \(null\) is one group of neighbour"):
+        run_ranks(elsewhere, 2, None)
+
+
 def test_random_choices_are_kept_in_a_repeated_forward() -> None:
     plain, again = (
         run_ranks(engine_run, 2, RandomChoice, 2, "qwen3_moe", r) for r in (False, True)
@@ -330,6 +346,11 @@ def test_refusals(make: Any, why: str) -> None:
         (["router=switch", "router.drop=score"], "qwen3_moe", r"router \(Switch\) lets"),
         (["router=hash", "checkpoint.export=true"], "mixtral", r"would write a mixtral in which"),
         (["router=switch"], "gpt_oss", r"only router=native is known for gpt_oss"),
+        (
+            ["router=group_balanced", "relocate.every=5", "stats.every=1"],
+            "qwen3_moe",
+            r"relocate.every \(5\) would move experts out of their rank's group",
+        ),
         (["router=rectified"], "qwen3_moe", r"router \(Rectified\) lets"),
         (["router=cosine", "balance=coupling"], "qwen3_moe", r"router \(Cosine\) does not use"),
     ],

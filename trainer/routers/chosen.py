@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from configs.schema import Config
 from parallel.mesh import ParallelMesh
 from trainer.routers.base import Router
+from trainer.routers.groups import GroupBalanced
 
 
 def chosen_router(config: Config, model: Any, mesh: ParallelMesh) -> Router:
@@ -19,8 +20,8 @@ def chosen_router(config: Config, model: Any, mesh: ParallelMesh) -> Router:
 
     Raises:
         ValueError: for a family or sizes that it does not fit, for one that looks ahead unless that
-            is allowed, for a balancer that it leaves without effect, and for an export of what
-            plain transformers would not choose.
+            is allowed, for a balancer that it leaves without effect, for experts that move where
+            they must not, and for an export of what plain transformers would not choose.
     """
     router: Router = instantiate(config.router)
     router.prepare(model, mesh)
@@ -30,6 +31,11 @@ def chosen_router(config: Config, model: Any, mesh: ParallelMesh) -> Router:
             f"router ({name}) lets a token's experts depend on later tokens of its sequence; the "
             f"model will not have them when it generates. Set train.allow_lookahead=true if that "
             f"is meant, or use another router"
+        )
+    if isinstance(router, GroupBalanced) and router.groups is None and config.relocate.every:
+        raise ValueError(
+            f"relocate.every ({config.relocate.every}) would move experts out of their rank's "
+            f"group; set relocate.every=0, or router.groups to a number"
         )
     if router.replaces_weights and "coupling" in config.balance:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.mesh import ParallelMesh
+from parallel.model import moe_layers
 from trainer.routers.base import Router
 from trainer.routers.family import Family, scores_at
 
@@ -22,7 +23,7 @@ class GroupBalanced(Router):
     router prefers: planners have nothing to do.
 
     Args:
-        groups: of E / G neighbouring experts; None for one per EP rank.
+        groups: of E / G neighbouring experts; None for one per EP rank, whose homes they must be.
     """
 
     def __init__(self, groups: int | None = None) -> None:
@@ -39,6 +40,18 @@ class GroupBalanced(Router):
                 f"({family.top_k})"
             )
 
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        super().attach(model, mesh)
+        size = self.family.num_experts // self.num_groups
+        for name, layer in moe_layers(model):
+            homes = layer.path.home_E.tolist()
+            if self.groups is None and homes != [e // size for e in range(len(homes))]:
+                raise ValueError(
+                    f"router.groups (null) is one group of neighbouring experts per EP rank, but "
+                    f"experts of {name} have homes {homes}; use placement=contiguous, or set "
+                    f"router.groups ({self.num_groups})"
+                )
+
     def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:
         each = self.family.top_k // self.num_groups
         grouped_TGE = chosen_by_TE.unflatten(1, (self.num_groups, -1))
@@ -54,7 +67,7 @@ class Prototypes(GroupBalanced):
         super().__init__()
 
     def check(self, family: Family) -> None:
-        self.num_groups = family.top_k
+        self.num_groups = self.groups = family.top_k
         check_groups(family, self.num_groups)
 
     def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
