@@ -26,6 +26,7 @@ from trainer.checkpoint_files import (
     read_mark,
     step_of,
 )
+from trainer.safe_reader import SafeReader
 from trainer.state import logical_layout, model_state, optimizer_state
 
 __all__ = ["CheckpointError", "CheckpointReader", "Checkpointer"]
@@ -176,7 +177,7 @@ class Checkpointer:
         try:
             dcp.load(
                 state,
-                storage_reader=dcp.FileSystemReader(path),
+                storage_reader=SafeReader(path),
                 planner=planner,
                 process_group=self._control,
             )

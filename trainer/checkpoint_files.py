@@ -5,7 +5,7 @@
         training.json                   everything else that training goes on from
         complete.json                   the mark, written last: format, step, sizes of all files
 
-Nothing here needs a process group. `.metadata` is a pickle: load only checkpoints you trust.
+Nothing here needs a process group, and nothing in a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -27,6 +27,7 @@ from torch.futures import Future
 
 from placement.table import ExpertPlacement
 from trainer.durable import sync, write_durably
+from trainer.safe_reader import SafeReader
 
 FORMAT = 1
 MARK = "complete.json"
@@ -200,7 +201,7 @@ class CheckpointReader:
         self.path = Path(path)
         self.step: int = read_mark(self.path)["step"]
         self.extra: dict[str, Any] = json.loads((self.path / TRAINING).read_text())
-        self._reader = FileSystemReader(self.path)
+        self._reader = SafeReader(self.path)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, True)
 

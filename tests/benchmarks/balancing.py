@@ -27,7 +27,6 @@ COMMON = (
 )
 CHOICES = (
     ("balance=none",),
-    ("balance=loss_free", "balance.loss_free.rate=0.001,0.01"),
     (
         "balance=loss_free",
         "balance.loss_free.rate=0.02",
@@ -35,11 +34,13 @@ CHOICES = (
         "balance.loss_free.final=0.0002",
         "balance.loss_free.steps=${train.steps}",
     ),
-    ("balance=aux_loss", "balance.aux_loss.coefficient=0.0001,0.001,0.01,0.1"),
-    ("balance=global_loss", "balance.global_loss.coefficient=0.1"),
-    ("router=group_balanced", "balance=none", "planner=home"),
-    ("router=switch", "balance=aux_loss", "balance.aux_loss.coefficient=0.1"),
     ("router=zero_experts,null_experts", "balance=none", "router.coefficient=0.1"),
+    ("balance=aux_loss", "balance.aux_loss.coefficient=0.01,0.1"),
+    ("balance=loss_free", "balance.loss_free.rate=0.001,0.01"),
+    ("router=group_balanced", "balance=none", "planner=home"),
+    ("balance=aux_loss", "balance.aux_loss.coefficient=0.0001,0.001"),
+    ("router=switch", "balance=aux_loss", "balance.aux_loss.coefficient=0.1"),
+    ("balance=global_loss", "balance.global_loss.coefficient=0.1"),
     ("router=shared", "balance=loss_free", "balance.loss_free.rate=0.01"),
 )
 
