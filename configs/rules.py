@@ -1,4 +1,4 @@
-"""Bounds of every number of a run or a sweep, and rules between the fields of a run."""
+"""Bounds of every number of a run, sweep or launch, and rules between the fields of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from configs.engine_rules import KEEPING, engine_problems, target_of
+
 if TYPE_CHECKING:
+    from configs.launch_schema import LaunchConfig
     from configs.schema import Config
     from configs.sweep_schema import SweepConfig
     from configs.upcycle_schema import UpcycleConfig
@@ -56,6 +59,13 @@ AT_LEAST: dict[str, float] = {
     "shape.width": 1,
     "shape.bytes_per_value": 1,
     "gpus": 1,
+    "nodes": 1,
+    "ranks_per_node": 1,
+    "threads": 1,
+    "max_restarts": 0,
+    "rdzv_port": 1,
+    "join_timeout_s": 1,
+    "grace_s": 1,
     "cluster.num_nodes": 1,
     "cluster.ranks_per_node": 1,
     "cluster.latency_us": 0,
@@ -75,10 +85,9 @@ ABOVE: dict[str, float] = {
     "compute_share": 0,
 }
 AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1, "stats.decay": 1, "compute_share": 1}
-BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63}
+BELOW: dict[str, float] = {"data.validation_fraction": 1, "seed": 2**63, "rdzv_port": 2**16}
 
 TWO_LEVEL = "parallel.two_level.TwoLevelDispatcher"
-KEEPING = {"parallel.planners.Sticky", "parallel.planners.Replicated"}
 NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 MAX_POSITIONS = ("max_position_embeddings",)
@@ -108,6 +117,7 @@ def check(
         *_names(config),
         *_compile(config),
         *_borrowed(config),
+        *engine_problems(config),
         *_levels(config, world_size),
         *_living(config),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
@@ -136,7 +146,9 @@ def bounds_text(key: str) -> str:
     return ", ".join(f"{sign} {table[key]}" for sign, table in tables if key in table)
 
 
-def out_of_bounds(config: Config | SweepConfig | UpcycleConfig) -> Iterator[str]:
+def out_of_bounds(
+    config: Config | SweepConfig | UpcycleConfig | LaunchConfig,
+) -> Iterator[str]:
     """Numbers of a configuration that are outside their bounds, one line each."""
     for key in sorted({*AT_LEAST, *ABOVE, *AT_MOST, *BELOW}):
         value = _value(config, key)
@@ -176,7 +188,7 @@ def _compile(config: Config) -> Iterator[str]:
 
 
 def _borrowed(config: Config) -> Iterator[str]:
-    target = config.planner.get("_target_", "") if isinstance(config.planner, dict) else ""
+    target = target_of(config.planner)
     if config.train.refetch_borrowed and target in KEEPING:
         name = target.rpartition(".")[2]
         yield (
@@ -210,7 +222,7 @@ def _living(config: Config) -> Iterator[str]:
 
 
 def _levels(config: Config, world_size: int) -> Iterator[str]:
-    target = config.dispatcher.get("_target_", "") if isinstance(config.dispatcher, dict) else ""
+    target = target_of(config.dispatcher)
     ep, per_node = config.mesh.ep, config.mesh.ranks_per_node
     if target != TWO_LEVEL or not ep or not per_node or ep < 1 or per_node < 1:
         return
@@ -316,7 +328,7 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.weights ({data.weights}) must be >= 0, and one of them > 0"
 
 
-def _value(config: Config | SweepConfig | UpcycleConfig, key: str) -> Any:
+def _value(config: Config | SweepConfig | UpcycleConfig | LaunchConfig, key: str) -> Any:
     """The value of a key; None where this kind of configuration has none."""
     value: Any = config
     for name in key.split("."):

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.mesh import ParallelMesh
 from trainer.checkpoint_files import (
-    MODEL,
     OPTIMIZER,
     CheckpointReader,
     CheckpointWriter,
@@ -27,7 +26,7 @@ from trainer.checkpoint_files import (
     step_of,
 )
 from trainer.safe_reader import SafeReader
-from trainer.state import logical_layout, model_state, optimizer_state
+from trainer.training_state import TrainingState, state_of
 
 __all__ = ["CheckpointError", "CheckpointReader", "Checkpointer"]
 
@@ -77,7 +76,11 @@ class Checkpointer:
         self._pending: tuple[Path, Future[Any]] | None = None
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | TrainingState,
+        extra: dict[str, Any],
     ) -> None:
         """Save model and optimizer as they are now; they may change as soon as this returns.
 
@@ -85,6 +88,7 @@ class Checkpointer:
         next `wait`, or when `poll` says so.
 
         Args:
+            optimizer: or the state of both, if they cannot be read as they are.
             extra: JSON-able, the same on all ranks; its "model_config" is the configuration of
                 the model as a dict and is compared on loading.
 
@@ -99,9 +103,7 @@ class Checkpointer:
             partial = self._on_rank_zero(lambda: prepare(self.directory, step))
         except OSError as error:
             raise CheckpointError(self._failure(target, describe(error))) from error
-        state = self._tensors(model, optimizer)
-        if self.asynchronous:
-            state = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
+        state = state_of(model, optimizer).tensors(copy=self.asynchronous)
         writer = CheckpointWriter(partial, step=step, training=training, keep=self.keep)
         self._pending = target, self._executor.submit(self._write, state, writer)
         if not self.asynchronous:
@@ -157,7 +159,10 @@ class Checkpointer:
         return self._on_rank_zero(lambda: self._start(resume))
 
     def load(
-        self, path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | TrainingState,
     ) -> dict[str, Any]:
         """Load model and optimizer in place and return the `extra` of the save.
 
@@ -170,9 +175,10 @@ class Checkpointer:
         """
         self.wait()
         path = Path(path)
-        state = self._tensors(model, optimizer)
+        training = state_of(model, optimizer)
+        state, layout = training.to_fill(), training.layout()
         fields = {key.split(".")[1] for key in state if key.startswith(OPTIMIZER)}
-        extra = self._on_rank_zero(lambda: check_fits(path, model, fields))
+        extra = self._on_rank_zero(lambda: check_fits(path, model, layout, fields))
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             dcp.load(
@@ -183,16 +189,8 @@ class Checkpointer:
             )
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} was not read: {describe(error)}") from error
-        set_optimizer_numbers(optimizer, state)
+        training.take(state)
         return extra
-
-    def _tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        create_optimizer_state(optimizer)
-        moments = {**optimizer_state(model, optimizer), **optimizer_numbers(optimizer)}
-        return {
-            **{MODEL + key: tensor for key, tensor in model_state(model).items()},
-            **{OPTIMIZER + key: tensor for key, tensor in moments.items()},
-        }
 
     def _write(self, state: dict[str, Tensor], writer: CheckpointWriter) -> None:
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -237,8 +235,13 @@ def newest(directory: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def check_fits(path: Path, model: Any, optimizer_fields: set[str]) -> dict[str, Any]:
+def check_fits(
+    path: Path, model: Any, layout: dict[str, Tensor], optimizer_fields: set[str]
+) -> dict[str, Any]:
     """The `extra` of a checkpoint, if it is complete and of this model and optimizer.
+
+    Args:
+        layout: of the whole model, by logical key.
 
     Raises:
         ValueError: naming what differs.
@@ -253,7 +256,6 @@ def check_fits(path: Path, model: Any, optimizer_fields: set[str]) -> dict[str, 
     ]
     if differing:
         _refuse(path, differing)
-    layout = logical_layout(model)
     stored = set(reader.keys())
     _refuse(path, [f"{key} is missing there" for key in sorted(layout.keys() - stored)])
     _refuse(path, [f"{key} is unknown here" for key in sorted(stored - layout.keys())])
@@ -281,66 +283,6 @@ def _refuse(path: Path, differing: list[str]) -> None:
             f"checkpoint {path} is of another model: {'; '.join(differing[:3])}{more}. Resume with "
             f"the model it was saved from, or start anew in another run.dir"
         )
-
-
-@torch.no_grad()
-def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that the optimizer's first step makes, filled with zeros.
-
-    Does nothing if all have it. Parameters do not change; gradients are cleared.
-    """
-    groups = optimizer.param_groups
-    parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-    if all(p in optimizer.state for p in parameters):
-        return
-    rates = [group["lr"] for group in groups]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for group in groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    for values in optimizer.state.values():
-        for value in values.values():
-            value.zero_()
-
-
-def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state beside that per element: the step count, learning rate of every group.
-
-    Raises:
-        ValueError: if the step count differs between parameters.
-    """
-    numbers: dict[str, list[Tensor]] = {}
-    for values in optimizer.state.values():
-        for field, value in values.items():
-            assert isinstance(value, Tensor), f"{field} = {value!r} would not be saved"
-            if value.dim() == 0:
-                numbers.setdefault(field, []).append(value)
-    for field, values in numbers.items():
-        different = torch.stack(values).unique()
-        if len(different) > 1:
-            raise ValueError(
-                f"optimizer {type(optimizer).__name__}: {field} differs between parameters "
-                f"({different.tolist()}); every parameter must take part in every step"
-            )
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return {
-        "lr": torch.tensor(rates, dtype=torch.float64),
-        **{field: values[0].clone() for field, values in numbers.items()},
-    }
-
-
-def set_optimizer_numbers(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_numbers` returned, from keys with the optimizer's prefix."""
-    for group, rate in zip(optimizer.param_groups, state[f"{OPTIMIZER}lr"].tolist(), strict=True):
-        group["lr"] = rate
-    for values in optimizer.state.values():
-        for field, value in values.items():
-            if value.dim() == 0:
-                value.copy_(state[OPTIMIZER + field])
 
 
 def describe(error: BaseException) -> str:

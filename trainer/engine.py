@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from trainer.metrics import Metric, reduce_metrics
 from trainer.optim import grad_norm_
 from trainer.routers.learned import ROUTING
 from trainer.routing import routing_metrics
+from trainer.training_state import TrainingState
 
 IGNORED = -100
 
@@ -66,41 +68,32 @@ class Engine(Protocol):
     def relocate(self, new: ExpertPlacement) -> Relocation: ...
 
 
-class TorchEngine:
-    """FSDP2 over all ranks for dense parameters and over EDP for experts, with fp32 masters.
+class EngineBase(ABC):
+    """What engines share: a step around `_backward`, `_gradient_norm` and `_apply`.
 
     Loss is the sum over tokens / the global token count and gradients are only ever summed, so
     dense and expert gradients scale alike on every mesh.
 
     Args:
         model: from `parallelize`, in fp32, the same dense weights on all ranks.
-        make_optimizer: from the sharded model to its optimizer; parameters that it leaves out
-            stay as they are, and their gradients do not count in the norm.
-        make_schedule: from the optimizer to its learning-rate schedule, stepped once a step.
         balancers: attached in this order.
-        bf16: compute in bf16, routers and reductions in fp32.
+        bf16: whether it computes in bf16.
         recompute: activation checkpointing of every decoder layer; choices are kept.
-        max_grad_norm: clip above this norm; 0 for never.
-        reshard_after_forward: free gathered weights between forward and backward.
-        tune_chunks: choose the layers' numbers of chunks in the first steps.
     """
+
+    optimizer: torch.optim.Optimizer | TrainingState  # what a checkpoint saves and loads
+    schedule: torch.optim.lr_scheduler.LRScheduler
 
     def __init__(
         self,
         model: Any,
         mesh: ParallelMesh,
         *,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        make_schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
         balancers: list[Balancer],
-        bf16: bool = False,
-        recompute: bool = False,
-        compile: bool = False,
-        max_grad_norm: float = 1.0,
-        reshard_after_forward: bool = True,
-        tune_chunks: bool = False,
+        bf16: bool,
+        recompute: bool,
     ) -> None:
-        self.mesh, self.balancers, self.max_grad_norm = mesh, balancers, max_grad_norm
+        self.mesh, self.balancers = mesh, balancers
         model.to(mesh.device)
         self.model: Any = model
         for balancer in balancers:
@@ -108,19 +101,26 @@ class TorchEngine:
         if recompute:
             settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-        if compile:
-            for layer in decoder_layers(self.model):
-                layer.compile()
-        dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
-        layers = [layer for _, layer in moe_layers(model)]
-        self.tuner = ChunkTuner(layers, mesh.dp_group) if tune_chunks else None
         self.last_decisions: list[Decision] = []
+        dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
+        layers = self.moe_layers()
         self.row_activation_bytes = layers[0].experts.widths_kept() * dtype.itemsize
-        shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
-        self.optimizer = make_optimizer(self.model)
-        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
-        self._untrained = [p for p in self.model.parameters() if p not in trained]
-        self.schedule = make_schedule(self.optimizer)
+
+    @abstractmethod
+    def relocate(self, new: ExpertPlacement) -> Relocation:
+        """Move experts to the homes of another table."""
+
+    @abstractmethod
+    def _backward(self, micro_batches: list[dict[str, Tensor]], num_tokens: int) -> Tensor:
+        """Make the gradients of the loss / num_tokens; the loss of this rank, in nats, float64."""
+
+    @abstractmethod
+    def _gradient_norm(self) -> float:
+        """Norm of the whole gradient, which is then clipped; all ranks alike."""
+
+    @abstractmethod
+    def _apply(self, finite: bool) -> None:
+        """Update the parameters if loss and norm are finite, then forget the gradients."""
 
     def train_step(
         self, micro_batches: list[dict[str, Tensor]], *, time_layers: bool = False
@@ -133,31 +133,15 @@ class TorchEngine:
             time_layers: also report the seconds of the phases of the MoE layers.
         """
         self.model.train()
-        layers = [layer for _, layer in moe_layers(self.model)]
+        layers = self.moe_layers()
         self._tell_planners(layers)
         num_tokens, num_positions = self._global_counts(micro_batches)
         for balancer in self.balancers:
             balancer.before_step(num_positions)
-        total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        with (
-            collect_layers() as collected,
-            time_phases(time_layers) as seconds,
-            optimizer_step() as step,
-            self.tuner.try_step() if self.tuner else nullcontext(),
-        ):
-            for index, batch in enumerate(micro_batches):
-                is_last = index == len(micro_batches) - 1
-                self.model.set_requires_gradient_sync(is_last)
-                loss = self._loss(batch)
-                if is_last:
-                    step.start_last_micro_batch()
-                (loss / num_tokens).backward()
-                total_loss += loss.detach()
-            step.finish([layer.experts for layer in layers], self.mesh.edp_group)
+        with collect_layers() as collected, time_phases(time_layers) as seconds:
+            loss = self._backward(micro_batches, num_tokens)
         self.last_decisions = collected.decisions
-        for parameter in self._untrained:
-            parameter.grad = None
-        norm = grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group)
+        norm = self._gradient_norm()
         counts_LE = self._counts(collected.decisions)
         home_LE = torch.stack([layer.path.home_E for layer in layers])
         balance: dict[str, float] = defaultdict(float)
@@ -166,7 +150,7 @@ class TorchEngine:
                 balance[name] += value
         metrics = reduce_metrics(
             {
-                "train/loss": Metric.sum(float(total_loss) / num_tokens),
+                "train/loss": Metric.sum(float(loss) / num_tokens),
                 "train/balance_loss": Metric.sum(sum(balance.values())),
                 **{f"balance/{name}": Metric.sum(value) for name, value in balance.items()},
                 **routing_metrics(collected, home_LE, self.mesh, self.row_activation_bytes),
@@ -175,23 +159,22 @@ class TorchEngine:
             self.mesh.dp_group,
         )
         metrics["moe/chunks"] = sum(layer.path.num_chunks for layer in layers) / len(layers)
-        metrics["train/grad_norm"] = float(norm)
+        metrics["train/grad_norm"] = norm
         metrics["train/tokens"] = float(num_tokens)
         metrics["train/lr"] = float(self.schedule.get_last_lr()[0])
-        finite = math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])
+        finite = math.isfinite(metrics["train/loss"]) and math.isfinite(norm)
+        self._apply(finite)
         if finite:
-            self.optimizer.step()
             self.schedule.step()
             for balancer in self.balancers:
                 metrics.update(balancer.after_step(counts_LE))
-        self.optimizer.zero_grad(set_to_none=True)
         return StepStats(metrics, counts_LE, finite)
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Sum of the loss and number of tokens of a batch over all ranks, float64 [2]."""
         self.model.eval()
-        loss, tokens = self._loss(batch), (batch["labels"] != IGNORED).sum()
+        loss, tokens = self._loss(self.model, batch), (batch["labels"] != IGNORED).sum()
         result = torch.stack([loss.double(), tokens.to(loss.device).double()])
         dist.all_reduce(result, group=self.mesh.dp_group)
         return result.cpu()
@@ -209,14 +192,14 @@ class TorchEngine:
         for balancer, saved in zip(self.balancers, state["balancers"], strict=True):
             balancer.load_state_dict(saved)
 
-    def relocate(self, new: ExpertPlacement) -> Relocation:
-        """Move experts to the homes of another table; see `parallel.relocate.relocate`."""
-        return relocate(self.model, self.optimizer, self.mesh, new)
+    def moe_layers(self) -> list[ExpertParallel]:
+        """The expert-parallel layers, in layer order."""
+        return [layer for _, layer in moe_layers(self.model)]
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Sum over this rank's tokens of the cross-entropy, in nats."""
         device = self.mesh.device
-        logits_BSV = self.model(
+        logits_BSV = model(
             input_ids=batch["input_ids"].to(device),
             position_ids=batch["position_ids"].to(device),
             use_cache=False,
@@ -252,6 +235,78 @@ class TorchEngine:
         counts_LE = counts_LE.to(self.mesh.device)
         dist.all_reduce(counts_LE, group=self.mesh.edp_group)
         return counts_LE.cpu()
+
+
+class TorchEngine(EngineBase):
+    """FSDP2 over all ranks for dense parameters and over EDP for experts, with fp32 masters.
+
+    Args:
+        model, balancers, recompute: see `EngineBase`.
+        make_optimizer: from the sharded model to its optimizer; parameters that it leaves out
+            stay as they are, and their gradients do not count in the norm.
+        make_schedule: from the optimizer to its learning-rate schedule, stepped once a step.
+        bf16: compute in bf16, routers and reductions in fp32.
+        max_grad_norm: clip above this norm; 0 for never.
+        reshard_after_forward: free gathered weights between forward and backward.
+        tune_chunks: choose the layers' numbers of chunks in the first steps.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        model: Any,
+        mesh: ParallelMesh,
+        *,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        make_schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+        balancers: list[Balancer],
+        bf16: bool = False,
+        recompute: bool = False,
+        compile: bool = False,
+        max_grad_norm: float = 1.0,
+        reshard_after_forward: bool = True,
+        tune_chunks: bool = False,
+    ) -> None:
+        super().__init__(model, mesh, balancers=balancers, bf16=bf16, recompute=recompute)
+        self.max_grad_norm = max_grad_norm
+        if compile:
+            for layer in decoder_layers(self.model):
+                layer.compile()
+        self.tuner = ChunkTuner(self.moe_layers(), mesh.dp_group) if tune_chunks else None
+        shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
+        self.optimizer = make_optimizer(self.model)
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        self._untrained = [p for p in self.model.parameters() if p not in trained]
+        self.schedule = make_schedule(self.optimizer)
+
+    def relocate(self, new: ExpertPlacement) -> Relocation:
+        """Move experts to the homes of another table; see `parallel.relocate.relocate`."""
+        return relocate(self.model, self.optimizer, self.mesh, new)
+
+    def _backward(self, micro_batches: list[dict[str, Tensor]], num_tokens: int) -> Tensor:
+        total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        with optimizer_step() as step, self.tuner.try_step() if self.tuner else nullcontext():
+            for index, batch in enumerate(micro_batches):
+                is_last = index == len(micro_batches) - 1
+                self.model.set_requires_gradient_sync(is_last)
+                loss = self._loss(self.model, batch)
+                if is_last:
+                    step.start_last_micro_batch()
+                (loss / num_tokens).backward()
+                total_loss += loss.detach()
+            step.finish([layer.experts for layer in self.moe_layers()], self.mesh.edp_group)
+        for parameter in self._untrained:
+            parameter.grad = None
+        return total_loss
+
+    def _gradient_norm(self) -> float:
+        return float(grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group))
+
+    def _apply(self, finite: bool) -> None:
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:

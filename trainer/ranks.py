@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ Made = TypeVar("Made")
 
 ROLL_CALL_S = 5.0
 PATIENCE = datetime.timedelta(days=1)
+_calls = itertools.count()
 
 
 def start_ranks(timeout_s: float) -> None:
@@ -64,19 +67,33 @@ class RollCall:
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.call = f"roll_call/{next(_calls)}"  # the jobs of a sweep share the store
+        self.thread = threading.Thread(target=self._answer, daemon=True, name="roll call")
         if self.world > 1:
-            threading.Thread(target=self._answer, daemon=True, name="roll call").start()
+            self.thread.start()
+
+    def close(self) -> None:
+        """End the answering thread; all ranks call this at the end of a run.
+
+        A thread that still waits for the store while its interpreter shuts down is aborted, and its
+        process with it, as soon as the rank that has the store is gone.
+        """
+        if self.world == 1:
+            return
+        with suppress(dist.DistError, RuntimeError):  # a store that is gone ends the thread too
+            _store().set(self.call, "1")
+        self.thread.join()
 
     def missing(self) -> list[int]:
         """Ranks that do not answer within a few seconds; empty if the store is gone as well."""
         try:
             store = _store()
-            store.set("roll_call", "1")
+            store.set(self.call, "1")
             missing, end = [], time.monotonic() + ROLL_CALL_S
             for other in range(self.world):
                 left = max(0.01, end - time.monotonic())
                 try:
-                    store.wait([f"here/{other}"], datetime.timedelta(seconds=left))
+                    store.wait([f"{self.call}/{other}"], datetime.timedelta(seconds=left))
                 except (dist.DistStoreError, RuntimeError):
                     missing.append(other)
             return missing
@@ -86,8 +103,8 @@ class RollCall:
     def _answer(self) -> None:
         try:
             store = _store()
-            store.wait(["roll_call"], PATIENCE)
-            store.set(f"here/{self.rank}", "1")
+            store.wait([self.call], PATIENCE)
+            store.set(f"{self.call}/{self.rank}", "1")
         except (dist.DistError, RuntimeError):  # the store is gone, and with it every caller
             return
 

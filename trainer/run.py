@@ -28,7 +28,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import CheckpointReader
 from trainer.data import Data, build_data, check_vocabulary
 from trainer.data.baseline import baseline_bits_per_byte
-from trainer.engine import TorchEngine
+from trainer.engine import EngineBase
 from trainer.export import HFCheckpoint, export_model
 from trainer.living import (
     expert_shape,
@@ -74,6 +74,7 @@ def run(config: Config) -> None:
     except RuntimeError as error:
         _explain_broken_group(error, roll_call)
         raise
+    roll_call.close()
 
 
 def _run(config: Config) -> None:
@@ -246,7 +247,7 @@ def _fitted(
     return planner.for_topology(topology, bytes_per_parameter)
 
 
-def _engine(config: Config, model: Any, mesh: ParallelMesh, router: Router) -> TorchEngine:
+def _engine(config: Config, model: Any, mesh: ParallelMesh, router: Router) -> EngineBase:
     optim, train = config.optim, config.train
     balancers = instantiate(config.balance).values()
 

@@ -27,19 +27,19 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     every expert.
     """
     state: dict[str, Tensor] = {}
-    for name, value, layer in _parameters(model):
+    for name, value, layer in parameters(model):
         if layer is None:
             state[name] = value.detach()
         else:
             state.update(expert_slices(name, value.detach(), layer))
-    state.update(_buffers(model))
+    state.update(buffers(model))
     return state
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Per-element optimizer state by `<field>.<logical key>`, as views. Empty before a step."""
     state: dict[str, Tensor] = {}
-    for name, parameter, layer in _parameters(model):
+    for name, parameter, layer in parameters(model):
         for field, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
@@ -57,14 +57,24 @@ def logical_layout(model: nn.Module) -> dict[str, Tensor]:
     The same on every rank.
     """
     layout: dict[str, Tensor] = {}
-    for name, value, layer in _parameters(model):
-        if layer is None:
-            layout[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        else:
-            one = torch.empty(value.shape[1:], dtype=value.dtype, device="meta")
-            layout.update(dict.fromkeys(_expert_keys(name, range(layer.num_experts)), one))
-    layout.update({name: buffer.to("meta") for name, buffer in _buffers(model)})
+    for name, value, layer in parameters(model):
+        layout.update(layout_of(name, value.shape, value.dtype, layer))
+    layout.update({name: buffer.to("meta") for name, buffer in buffers(model)})
     return layout
+
+
+def layout_of(
+    name: str, shape: torch.Size, dtype: torch.dtype, layer: ExpertParallel | None
+) -> dict[str, Tensor]:
+    """What is stored of one parameter, by logical key, on the meta device.
+
+    Args:
+        shape: whole, or of this rank's stack [S, ...] of experts.
+    """
+    if layer is None:
+        return {name: torch.empty(shape, dtype=dtype, device="meta")}
+    one = torch.empty(shape[1:], dtype=dtype, device="meta")
+    return dict.fromkeys(_expert_keys(name, range(layer.num_experts)), one)
 
 
 def expert_slices(name: str, stack: Tensor, layer: ExpertParallel) -> dict[str, Tensor]:
@@ -90,7 +100,7 @@ def expert_slices(name: str, stack: Tensor, layer: ExpertParallel) -> dict[str, 
     }
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, ExpertParallel | None]]:
+def parameters(model: nn.Module) -> Iterator[tuple[str, Any, ExpertParallel | None]]:
     """Every parameter once, at rest, with its expert-parallel layer if it is a stack of experts."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -100,7 +110,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Any, ExpertParallel | N
         yield name, parameter, layers.get(name.rpartition(".")[0])
 
 
-def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The persistent buffers."""
     persistent = model.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]

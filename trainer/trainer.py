@@ -20,7 +20,7 @@ from parallel.model import moe_layers
 from placement.table import ExpertPlacement
 from trainer.checkpoint import Checkpointer
 from trainer.data import Data
-from trainer.engine import StepStats, TorchEngine
+from trainer.engine import EngineBase, StepStats
 from trainer.loggers import LoggerList
 from trainer.metrics import dead_experts, max_violation, memory_bytes
 from trainer.modeling import seeded
@@ -62,7 +62,7 @@ class Trainer:
         *,
         mesh: ParallelMesh,
         data: Data,
-        engine: TorchEngine,
+        engine: EngineBase,
         checkpointer: Checkpointer,
         loggers: LoggerList,
         placement: ExpertPlacement,

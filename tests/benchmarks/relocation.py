@@ -25,9 +25,9 @@ from parallel.relocate import Relocation, relocate
 from placement.table import ExpertPlacement
 from tests.families import tiny_config
 from tests.ranks import run_ranks
-from trainer.checkpoint import create_optimizer_state
 from trainer.engine import shard
 from trainer.modeling import build_model
+from trainer.training_state import create_optimizer_state
 
 RANKS, HIDDEN, WIDTH = 4, 256, 512
 
