@@ -49,4 +49,4 @@ docs: env-test
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
-	find configs parallel placement trainer tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find configs launch parallel placement trainer tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from configs.describe import help_node
 from configs.errors import did_you_mean
+from configs.launch_schema import LaunchConfig
 from configs.schema import Config
 from configs.slots import slot_problems, slots
 from configs.sweep_schema import GROUPS, SweepConfig
@@ -30,6 +31,7 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(name="sweep_schema", node=SweepConfig)
     store.store(name="upcycle_schema", node=UpcycleConfig)
+    store.store(name="launch_schema", node=LaunchConfig)
     store.store(group="hydra/help", name="evenkeel", node=help_node())
     OmegaConf.register_new_resolver("sweep_job", sweep_job, replace=True)
     OmegaConf.register_new_resolver("per_rank", per_rank, replace=True)
@@ -96,13 +98,29 @@ def load_upcycle(*overrides: str) -> UpcycleConfig:
         HydraException, OmegaConfBaseException: `explain` of configs/errors.py words them.
         ValueError: for missing values and for slots that do not fit their target.
     """
-    register()
-    with initialize_config_module("configs", version_base="1.3"):
-        composition = compose("upcycle", list(overrides))
-    _refuse_missing(composition)
-    config = _resolved(composition)
+    config = _load("upcycle", *overrides)
     assert isinstance(config, UpcycleConfig)
     return config
+
+
+def load_launch(*overrides: str) -> LaunchConfig:
+    """The configuration of a launch that these overrides of the command line give.
+
+    Raises:
+        HydraException, OmegaConfBaseException: `explain` of configs/errors.py words them.
+        ValueError: for missing values and for slots that do not fit their target.
+    """
+    config = _load("launch", *overrides)
+    assert isinstance(config, LaunchConfig)
+    return config
+
+
+def _load(root: str, *overrides: str) -> Any:
+    register()
+    with initialize_config_module("configs", version_base="1.3"):
+        composition = compose(root, list(overrides))
+    _refuse_missing(composition)
+    return _resolved(composition)
 
 
 def to_cell(composed: DictConfig) -> SweepConfig:

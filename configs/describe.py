@@ -19,11 +19,20 @@ import yaml
 from omegaconf import MISSING
 
 from configs import schema
+from configs.launch_schema import (
+    LAUNCH_GROUPS,
+    KubernetesValues,
+    LaunchConfig,
+    LocalValues,
+    SlurmValues,
+)
 from configs.rules import bounds_text
 from configs.sweep_schema import GROUPS, SweepConfig
 from configs.upcycle_schema import UPCYCLE_GROUPS, UpcycleConfig
 
 FOLDER = Path(__file__).parent
+ROOTS = ("config", "upcycle", "launch")  # files of defaults, each with groups of its own
+ROOT_OF = dict.fromkeys(UPCYCLE_GROUPS, "upcycle") | dict.fromkeys(LAUNCH_GROUPS, "launch")
 EXAMPLES = (
     ("Train the quickstart on two ranks", "torchrun --nproc-per-node 2 -m {train} {quickstart}"),
     (
@@ -81,6 +90,23 @@ UPCYCLE_EXAMPLES = (
     ("Check a result again", "python -m trainer.upcycle verify qwen3-8x"),
 )
 
+LAUNCH_EXAMPLES = (
+    (
+        "Check and show the quickstart on two ranks, start nothing",
+        "python -m launch ranks_per_node=2 device=cpu dry_run=true -- experiment=quickstart",
+    ),
+    (
+        "A script for four nodes of eight GPUs, submitted",
+        "python -m launch launcher=slurm launcher.submit=true nodes=4 ranks_per_node=8 -- "
+        "experiment=quickstart",
+    ),
+    (
+        "A manifest for Kubernetes",
+        "python -m launch launcher=kubernetes launcher.image=registry.example/evenkeel:0.1.0 "
+        "launcher.claim=results nodes=2 ranks_per_node=8 -- experiment=quickstart",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -133,7 +159,7 @@ def choices(root: str = "config") -> list[Choice]:
     found = []
     for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
         group = path.parent.relative_to(FOLDER).as_posix()
-        if (group in UPCYCLE_GROUPS) != (root == "upcycle"):
+        if ROOT_OF.get(group, "config") != root:
             continue
         is_default = (group, path.stem) in defaults
         found.append(Choice(group, path.stem, _first_comment(path), is_default))
@@ -199,6 +225,31 @@ def sweep_help_text() -> str:
         "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
     ]
     return "\n".join(lines)
+
+
+def launch_help_text() -> str:
+    """The answer to `python -m launch --help`."""
+    lines = [
+        "Evenkeel starts jobs: here, through Slurm or on Kubernetes.",
+        "",
+        "  python -m launch [GROUP=CHOICE | KEY=VALUE] ... -- OVERRIDES OF THE JOB ...",
+    ]
+    lines += _example_lines(LAUNCH_EXAMPLES)
+    lines += [*_group_lines(choices("launch")), *_value_lines(launch_fields())]
+    lines += [
+        "",
+        "What follows -- goes to the job as it is; see python -m trainer.train --help.",
+        "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def launch_fields() -> list[Field]:
+    """Every value of a launch, those of each launcher too."""
+    found = fields(LaunchConfig)
+    for values in (LocalValues, SlurmValues, KubernetesValues):
+        found += fields(values, "launcher.")
+    return found
 
 
 def upcycle_help_text() -> str:

@@ -14,7 +14,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from configs.describe import choices, fields
+from configs.describe import ROOTS, choices, fields
 from configs.schema import Config
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -59,7 +59,7 @@ def _chain(error: BaseException) -> Iterable[BaseException]:
 
 def _unknown_choice(file: str) -> str:
     group, _, name = file.rpartition("/")
-    known = [c.name for c in (*choices(), *choices("upcycle")) if c.group == group]
+    known = [c.name for root in ROOTS for c in choices(root) if c.group == group]
     hint = did_you_mean(name, known)
     return f"{group}={name}: no such choice; {hint} {group} has {', '.join(known)}"
 

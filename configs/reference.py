@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from configs.describe import FOLDER, Choice, Field, choices, examples, fields
+from configs.describe import FOLDER, Choice, Field, choices, examples, fields, launch_fields
 from configs.sweep_schema import SweepConfig
 from configs.upcycle_schema import UpcycleConfig
 
@@ -65,6 +65,12 @@ UPCYCLE = """\
 Its defaults are in configs/upcycle.yaml.
 """
 
+LAUNCH = """\
+## Groups and values of `python -m launch`
+
+Its defaults are in configs/launch.yaml and configs/launcher/; docs/launch.md explains them.
+"""
+
 
 def markdown() -> str:
     """The whole page."""
@@ -78,6 +84,7 @@ def markdown() -> str:
     parts.append(SWEEP)
     parts.append(_field_table(fields(SweepConfig)))
     parts += [UPCYCLE, _choice_table(choices("upcycle")), _field_table(fields(UpcycleConfig))]
+    parts += [LAUNCH, _choice_table(choices("launch")), _field_table(launch_fields())]
     return "\n".join(parts)
 
 

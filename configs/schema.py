@@ -326,8 +326,6 @@ class Config:
     """Nudge the routers towards equal load; they act in the order given."""
     logger: dict[str, Any] = field(default_factory=dict)
     """Where metrics go."""
-    launcher: dict[str, Any] = field(default_factory=dict)
-    """How ranks are started; torchrun needs none."""
 
     @property
     def resolved(self) -> dict[str, Any]:

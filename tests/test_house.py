@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["placement", "parallel", "configs", "trainer"]
+PACKAGES = ["placement", "parallel", "configs", "trainer", "launch"]
 # what each package may import of the others: arrows go one way
 MAY_IMPORT: dict[str, set[str]] = {
     "placement": set(),
     "parallel": {"placement"},
     "configs": set(),
     "trainer": {"placement", "parallel", "configs"},
+    "launch": {"placement", "parallel", "configs", "trainer"},
 }
 MAY_COMPOSE = "placement/sweep/*.py"  # an entry, like trainer/train.py
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -53,11 +54,12 @@ def test_placement_needs_no_process_group() -> None:
 
 def test_packages_are_the_ones_of_this_checkout() -> None:
     import configs
+    import launch
     import parallel
     import placement
     import trainer
 
-    for package in (configs, parallel, placement, trainer):
+    for package in (configs, launch, parallel, placement, trainer):
         assert Path(str(package.__file__)).is_relative_to(ROOT)
 
 

@@ -26,6 +26,7 @@ from configs.upcycle_schema import check_upcycle
 
 CHOICES = [(choice.group, choice.name) for choice in choices()]
 UPCYCLE_CHOICES = [(choice.group, choice.name) for choice in choices("upcycle")]
+LAUNCH_CHOICES = [(choice.group, choice.name) for choice in choices("launch")]
 GIVEN = {  # values that a choice cannot know
     ("placement", "file"): ["placement.path=placement.json"],
     ("placement", "affinity"): ["placement.stats=stats.npz"],
@@ -173,7 +174,7 @@ def test_the_quickstart_is_complete() -> None:
 
 
 def test_choices_and_files_agree() -> None:
-    all_choices = [*CHOICES, *UPCYCLE_CHOICES]
+    all_choices = [*CHOICES, *UPCYCLE_CHOICES, *LAUNCH_CHOICES]
     assert len(all_choices) == len(set(all_choices)) == len(list(FOLDER.glob("*/**/*.yaml")))
 
 

@@ -8,14 +8,16 @@ import typing
 import pytest
 from omegaconf import OmegaConf
 
-from configs import schema, sweep_schema, upcycle_schema
+from configs import launch_schema, schema, sweep_schema, upcycle_schema
 from configs.compose import composed
-from configs.describe import fields
+from configs.describe import fields, launch_fields
+from configs.launch_schema import LaunchConfig
 from configs.rules import bounds_text
 from configs.schema import Config, check
 from configs.sweep_schema import SweepConfig
 from configs.upcycle_schema import UpcycleConfig
 
+FIELDS = [*fields(), *fields(SweepConfig), *fields(UpcycleConfig)]
 SIZES = {  # of these tests, whatever the experiments choose
     "train.steps": 300,
     "train.batch_size": 32,
@@ -165,7 +167,7 @@ def test_facts_of_the_built_model_come_before_overrides() -> None:
 
 
 def test_every_number_has_a_bound() -> None:
-    for field in [*fields(), *fields(SweepConfig), *fields(UpcycleConfig)]:
+    for field in [*FIELDS, *fields(LaunchConfig)]:
         if field.type.split(" | ")[0] in ("int", "float"):
             assert bounds_text(field.key), f"{field.key} has no bound in configs/rules.py"
 
@@ -173,14 +175,14 @@ def test_every_number_has_a_bound() -> None:
 def test_bounds_are_of_fields_that_exist() -> None:
     from configs.rules import ABOVE, AT_LEAST, AT_MOST, BELOW
 
-    known = {field.key for field in [*fields(), *fields(SweepConfig), *fields(UpcycleConfig)]}
+    known = {field.key for field in [*FIELDS, *fields(LaunchConfig)]}
     assert {*ABOVE, *AT_LEAST, *AT_MOST, *BELOW} <= known
 
 
 def test_every_value_is_documented() -> None:
-    for field in [*fields(), *fields(SweepConfig), *fields(UpcycleConfig)]:
+    for field in [*FIELDS, *launch_fields()]:
         assert field.text.endswith("."), f"{field.key} has no text"
-    modules = schema, sweep_schema, upcycle_schema
+    modules = schema, sweep_schema, upcycle_schema, launch_schema
     for cls in [value for module in modules for value in vars(module).values()]:
         if dataclasses.is_dataclass(cls) and isinstance(cls, type):
             assert cls.__doc__ and typing.get_type_hints(cls)
