@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -67,6 +68,8 @@ class RollCall:
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.hosts = [""] * self.world
+        dist.all_gather_object(self.hosts, socket.gethostname())
         self.call = f"roll_call/{next(_calls)}"  # the jobs of a sweep share the store
         self.thread = threading.Thread(target=self._answer, daemon=True, name="roll call")
         if self.world > 1:
@@ -84,8 +87,9 @@ class RollCall:
             _store().set(self.call, "1")
         self.thread.join()
 
-    def missing(self) -> list[int]:
-        """Ranks that do not answer within a few seconds; empty if the store is gone as well."""
+    def missing(self) -> list[str]:
+        """Ranks that do not answer within a few seconds, each with its host; empty if the store is
+        gone as well."""
         try:
             store = _store()
             store.set(self.call, "1")
@@ -95,7 +99,7 @@ class RollCall:
                 try:
                     store.wait([f"{self.call}/{other}"], datetime.timedelta(seconds=left))
                 except (dist.DistStoreError, RuntimeError):
-                    missing.append(other)
+                    missing.append(f"{other} on {self.hosts[other]}")
             return missing
         except (dist.DistError, RuntimeError):
             return []

@@ -374,10 +374,10 @@ def _explain_broken_group(error: RuntimeError, roll_call: RollCall) -> None:
         return
     missing = roll_call.missing()
     if missing:
-        names = ", ".join(map(str, missing))
+        names = ", ".join(missing)
         print(
-            f"rank {dist.get_rank()}: rank {names} is gone; this run ends here. Start it again to "
-            f"go on from the newest complete checkpoint.",
+            f"rank {dist.get_rank()}: rank {names} is gone or hangs; this run ends here. Start it "
+            f"again to go on from the newest complete checkpoint.",
             file=sys.stderr,
             flush=True,
         )
