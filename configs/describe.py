@@ -159,7 +159,7 @@ def choices(root: str = "config") -> list[Choice]:
     found = []
     for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
         group = path.parent.relative_to(FOLDER).as_posix()
-        if ROOT_OF.get(group, "config") != root:
+        if ROOT_OF.get(group, "config") != ("config" if root == "sweep" else root):
             continue
         is_default = (group, path.stem) in defaults
         found.append(Choice(group, path.stem, _first_comment(path), is_default))
