@@ -33,7 +33,7 @@ from trainer.page.history import NAME, read_history
 from trainer.train import main as train
 
 # keys that set no choice apart
-APART = ("seed", "run", "logger", "data.cache_dir", "checkpoint.export_dir")
+APART = ("seed", "router.seed", "run", "logger", "data.cache_dir", "checkpoint.export_dir")
 LAST = 5  # 1/5 of the steps
 ALIKE = ("train.steps", "train.batch_size", "train.seq_len", "data", "model.source", "optim.lr")
 COLUMNS = {

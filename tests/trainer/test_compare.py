@@ -87,7 +87,12 @@ def test_choices_are_named_by_what_differs() -> None:
     ]
     routers = ["x.Native", "x.Native", "x.Native", "x.Switch"]
     configs = [
-        {"seed": n, "run": {"dir": str(n)}, "router": {"_target_": router}, "balance": balance}
+        {
+            "seed": n,
+            "run": {"dir": str(n)},
+            "router": {"_target_": router, "seed": n},
+            "balance": balance,
+        }
         for n, (balance, router) in enumerate(zip(balances, routers, strict=True))
     ]
     assert choices(configs) == [
