@@ -84,9 +84,16 @@ class ValidationRouting:
             if after == layer + 1:
                 pairs_LEE[layer] += pairs(ids_TK, next_TK, num_experts)
         now_TK = torch.cat([ids_TK for _, ids_TK in routing])
-        # of the choices now, how many were made before, too
-        kept = [] if self._before is None else [(now_TK[:, :, None] == self._before[:, None]).sum()]
-        parts = [counts_LE.flatten(), pairs_LEE.flatten(), torch.tensor([now_TK.numel(), *kept])]
+        is_expert_TK = now_TK < num_experts
+        kept = []  # of the experts chosen now, how many were chosen before, too
+        if self._before is not None:
+            same_TK = (now_TK[:, :, None] == self._before[:, None]).any(2)
+            kept = [(same_TK & is_expert_TK).sum()]
+        parts = [
+            counts_LE.flatten(),
+            pairs_LEE.flatten(),
+            torch.tensor([is_expert_TK.sum(), *kept]),
+        ]
         total = torch.cat(parts).to(mesh.device)
         dist.all_reduce(total, group=mesh.dp_group)
         counts, found, _ = total.split([counts_LE.numel(), pairs_LEE.numel(), 1 + len(kept)])
