@@ -109,7 +109,7 @@ class ValidationRouting:
             affinity = pairs_LEE.amax(2).sum() / pairs_LEE.sum()
             metrics["validation/affinity"] = float(affinity)
         if kept:
-            metrics["validation/routing_change"] = 1 - float(total[-1]) / float(total[-2])
+            metrics["validation/routing_change"] = 1 - float(total[-1]) / max(1.0, float(total[-2]))
         self._before = now_TK
         return metrics
 
