@@ -50,13 +50,25 @@ def start(ep: int) -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
 
 
+def shared_experts() -> Any:
+    """Built where the configuration gives them a width."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(module=SharedExpertMLP, submodules=linears)
+
+
 def layer(planner: Any, home_E: Tensor | None = None, **changes: Any) -> Any:
     from megatron.core.transformer.spec_utils import build_module
 
     from parallel.megatron import level_moe
 
     torch.manual_seed(0)
-    made = build_module(level_moe(planner=planner, home_E=home_E), config=config(**changes))
+    spec = level_moe(planner=planner, home_E=home_E, shared_experts=shared_experts())
+    made = build_module(spec, config=config(**changes))
     made.set_layer_number(1)
     return made
 
@@ -88,9 +100,11 @@ def stock(layer: Any) -> Any:
     assert parallel_state.get_expert_model_parallel_world_size() == 1
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-    made = MoELayer(layer.config, MoESubmodules(experts=experts, router=LevelRouter))
+    made = MoELayer(layer.config, MoESubmodules(experts, shared_experts(), LevelRouter))
     made.set_layer_number(1)
     made.router.load_state_dict(layer.router.state_dict())
+    if layer.use_shared_expert:
+        made.shared_experts.load_state_dict(layer.shared_experts.state_dict())
     whole = stacks(layer)
     for expert, mlp in enumerate(made.experts.local_experts):
         mlp.linear_fc1.weight.data = whole["gate_up_proj"][expert].clone()
@@ -123,6 +137,8 @@ def against_stock(changes: dict[str, Any]) -> None:
         {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 1.5},
         {"moe_router_pre_softmax": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
         {"moe_expert_capacity_factor": 0.5},
+        {"moe_shared_expert_intermediate_size": 10},
+        {"moe_z_loss_coeff": 0.1},
         {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
         {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
     ],

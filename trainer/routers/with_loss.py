@@ -5,6 +5,8 @@ T tokens on this rank, K choices, E experts and further choices.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +32,9 @@ class LossRouter(Router):
         self.coefficient = coefficient
         self.num_layers, self.total = 1, torch.zeros(())
 
+    @abstractmethod
     def of_layer(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """The loss of one layer for the tokens of a micro-batch on this rank, their mean."""
-        raise NotImplementedError
 
     def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
         super().attach(model, mesh)
