@@ -87,8 +87,8 @@ class MeshConfig:
     experts. null: the largest such divisor."""
     ranks_per_node: int | None = None
     """Ranks that share a node, a divisor of the number of ranks. null: as torchrun says."""
-    timeout_s: float = 600.0
-    """Seconds after which a collective that a rank did not join ends the run."""
+    timeout_s: float = 60.0
+    """Seconds after which a rank that does not answer ends the run; longer than any is late."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ from trainer.training_state import TrainingState, state_of
 __all__ = ["CheckpointError", "CheckpointReader", "Checkpointer"]
 
 T = TypeVar("T")
+
+FILES = datetime.timedelta(minutes=30)  # disks of ranks differ by more than their steps do
 
 # fields of a model's configuration that do not change what its weights compute
 INCIDENTAL = {
@@ -70,8 +73,8 @@ class Checkpointer:
         self.directory, self.keep, self.asynchronous = Path(directory), keep, asynchronous
         self.rank = mesh.rank
         # two groups, so that the background's collectives never meet those of the training loop
-        self._background = dist.new_group(backend="gloo")
-        self._control = dist.new_group(backend="gloo")
+        self._background = dist.new_group(backend="gloo", timeout=FILES)
+        self._control = dist.new_group(backend="gloo", timeout=FILES)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[Any]] | None = None
 
@@ -118,7 +121,7 @@ class Checkpointer:
         if self._pending is None:
             return True
         done = torch.tensor(int(self._pending[1].done()))
-        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._control)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)  # among steps, with their timeout
         if done:
             self.wait()
         return bool(done)

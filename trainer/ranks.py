@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import itertools
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +20,9 @@ import torch.distributed as dist
 
 Made = TypeVar("Made")
 
-ROLL_CALL_S = 5.0
+ROLL_CALL_S = 3.0
+START_S = 600.0
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 PATIENCE = datetime.timedelta(days=1)
 _calls = itertools.count()
 
@@ -28,12 +33,21 @@ def start_ranks(timeout_s: float) -> None:
     Uses NCCL for CUDA tensors where there is a GPU for every local rank, gloo for all others.
     The jobs of a sweep share one group: torchrun's store cannot introduce the ranks twice.
 
+    Args:
+        timeout_s: for a collective or message of any group that does not name its own. Before the
+            first one, ranks wait START_S for those that are slow to start.
+
     Raises:
         ValueError: if there are more ranks on this node than GPUs.
     """
     if dist.is_initialized():
         return
+    _end_with_torchrun()
     timeout = datetime.timedelta(seconds=timeout_s)
+    # Groups of a mesh and of DeepSpeed are made without a timeout: half an hour, whatever the
+    # group of all ranks has. Neither has a value for it, and gloo heeds none that is set later.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "gloo"
     if torch.cuda.is_available():
         local_rank, local_world = (
@@ -48,9 +62,29 @@ def start_ranks(timeout_s: float) -> None:
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        patience = datetime.timedelta(seconds=START_S)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=patience)))
+        if store.add("started", 1) == world:
+            store.set("all started", "")
+        store.wait(["all started"], patience)
+    else:
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+
+
+def _end_with_torchrun() -> None:
+    """Let the system kill this rank if its torchrun dies.
+
+    Alone it would train on to the end, while no node can join or be replaced any more.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def finish_ranks() -> None:
@@ -88,8 +122,10 @@ class RollCall:
         self.thread.join()
 
     def missing(self) -> list[str]:
-        """Ranks that do not answer within a few seconds, each with its host; empty if the store is
-        gone as well."""
+        """Ranks that do not answer within a few seconds, each with its host.
+
+        Rank 0 keeps the store, so it is the one that is missing if the store does not answer.
+        """
         try:
             store = _store()
             store.set(self.call, "1")
@@ -102,7 +138,7 @@ class RollCall:
                     missing.append(f"{other} on {self.hosts[other]}")
             return missing
         except (dist.DistError, RuntimeError):
-            return []
+            return [f"0 on {self.hosts[0]}"]
 
     def _answer(self) -> None:
         try:

@@ -6,6 +6,8 @@ import datetime
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import trainer.ranks
 from tests.ranks import run_ranks
 from trainer.ranks import RollCall
 
@@ -34,6 +37,26 @@ def test_a_dead_rank_is_named_by_all_others(tmp_path: Path) -> None:
     assert [(tmp_path / name).read_text() for name in "01"] == [
         f"['2 on {socket.gethostname()}']"
     ] * 2
+
+
+def losing_the_store(folder: str) -> None:
+    """Rank 0, which keeps the store, is gone: nobody can be asked, so it is the one."""
+    rank, roll_call = dist.get_rank(), RollCall()
+    dist.all_reduce(torch.zeros(1))
+    if rank == 0:
+        os.kill(os.getpid(), 9)
+    pytest.MonkeyPatch().setattr(trainer.ranks, "_store", gone)
+    Path(folder, str(rank)).write_text(str(roll_call.missing()))
+
+
+def gone() -> None:
+    raise dist.DistNetworkError("connection refused")
+
+
+def test_a_rank_that_took_the_store_along_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"rank 0 left no result \(exit code -9\)"):
+        run_ranks(losing_the_store, 2, str(tmp_path))
+    assert (tmp_path / "1").read_text() == f"['0 on {socket.gethostname()}']"
 
 
 def freezing_group(folder: str) -> None:
@@ -70,3 +93,37 @@ def whole_group() -> list[str]:
 
 def test_nobody_is_missing_from_a_whole_group() -> None:
     assert run_ranks(whole_group, 3) == [[], [], []]
+
+
+def torchrun(function: str, ranks: int) -> str:
+    """Run `python -m tests.faults.late FUNCTION` on real ranks; their output."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    done = subprocess.run(
+        [sys.executable, *words, "tests.faults.late", function],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_may_start_late_but_not_freeze_in_any_group() -> None:
+    assert "the group gave up in time" in torchrun("late_and_frozen", 4)
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_torchrun() -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    process = subprocess.Popen(
+        [sys.executable, *words, "tests.faults.late", "forever"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
+        assert time.monotonic() < end, "ranks have outlived their torchrun"
+        time.sleep(0.05)
