@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.borrow import Loan
 from parallel.decisions import is_replaying
-from parallel.phases import event
+from parallel.phases import event, timed_products
 
 
 def grouped_linear(
@@ -79,7 +79,8 @@ class _GroupedLinear(torch.autograd.Function):
         products = _Products(x_MI, weight.shape[2 if is_transposed else 1])
         for rows, part_S, loan in ctx.parts:
             stack = weight if loan is None else loan.stack(name)
-            with event("native products" if loan is None else "borrowed products"):
+            of_whom = event("native products" if loan is None else "borrowed products")
+            with of_whom, timed_products(len(x_MI[rows])):
                 y_MO = products.add(rows, stack if is_transposed else stack.transpose(1, 2), part_S)
             if bias is not None:
                 biases = bias if loan is None else loan.stack(f"{name}_bias")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,64 @@ from torch.profiler import record_function
 PHASES = ("decide", "borrow", "dispatch", "compute", "combine")
 LAYERS_CPU = "layers_cpu"
 
+_products: ContextVar[Products | None] = ContextVar("products", default=None)
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 _layer_seconds: ContextVar[dict[int, float] | None] = ContextVar("layer_seconds", default=None)
+
+
+class Products:
+    """How long the experts' products of this rank took, and of how many rows they were.
+
+    Read after the device has finished the step, so that no rank ever waits for this.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._spans: list[tuple[Any, Any]] = []
+
+    def begin(self) -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def end(self, start: Any, rows: int) -> None:
+        self._spans.append((start, self.begin()))
+        self.rows += rows
+
+    def seconds_per_row(self) -> float:
+        """NaN without rows."""
+        if not self.rows:
+            return math.nan
+        if torch.cuda.is_available():
+            seconds = sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
+        else:
+            seconds = sum(end - start for start, end in self._spans)
+        return seconds / self.rows
+
+
+@contextmanager
+def watch_products() -> Iterator[Products]:
+    """Time the experts' products of the layers that run inside."""
+    watched = Products()
+    token = _products.set(watched)
+    try:
+        yield watched
+    finally:
+        _products.reset(token)
+
+
+@contextmanager
+def timed_products(rows: int) -> Iterator[None]:
+    """Products of some rows with the matrices of experts, in a forward pass."""
+    watched = _products.get()
+    if watched is None:
+        yield
+        return
+    start = watched.begin()
+    yield
+    watched.end(start, rows)
 
 
 def event(name: str) -> AbstractContextManager:

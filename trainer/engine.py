@@ -21,7 +21,7 @@ from parallel.decisions import Decision, checkpoint_contexts, collect_layers
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, moe_layers, router_of
-from parallel.phases import time_phases
+from parallel.phases import time_phases, watch_products
 from parallel.planners import StatefulPlanner
 from parallel.relocate import Relocation, relocate
 from parallel.step import optimizer_step
@@ -45,11 +45,13 @@ class StepStats:
         metrics: by name, see docs/metrics.md.
         counts_LE: int64 rows per layer and expert, global batch.
         finite: False if the step was not applied because loss or gradient was not finite.
+        row_s: seconds per row of the experts' products of this rank alone; NaN without rows.
     """
 
     metrics: dict[str, float]
     counts_LE: Tensor
     finite: bool
+    row_s: float = math.nan
 
 
 class Engine(Protocol):
@@ -138,7 +140,11 @@ class EngineBase(ABC):
         num_tokens, num_positions = self._global_counts(micro_batches)
         for balancer in self.balancers:
             balancer.before_step(num_positions)
-        with collect_layers() as collected, time_phases(time_layers) as seconds:
+        with (
+            collect_layers() as collected,
+            time_phases(time_layers) as seconds,
+            watch_products() as products,
+        ):
             loss = self._backward(micro_batches, num_tokens)
         self.last_decisions = collected.decisions
         norm = self._gradient_norm()
@@ -168,7 +174,7 @@ class EngineBase(ABC):
             self.schedule.step()
             for balancer in self.balancers:
                 metrics.update(balancer.after_step(counts_LE))
-        return StepStats(metrics, counts_LE, finite)
+        return StepStats(metrics, counts_LE, finite, products.seconds_per_row())
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, Tensor]) -> Tensor:
@@ -311,9 +317,14 @@ class TorchEngine(EngineBase):
 
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The repeated blocks of a causal LM: the module list that contains the MoE layers."""
-    first = moe_layers(model)[0][0].split(".")
-    for end in range(len(first) - 1, 0, -1):
-        parent = model.get_submodule(".".join(first[:end]))
+    return module_list_of(model, moe_layers(model)[0][0])
+
+
+def module_list_of(model: nn.Module, name: str) -> list[Any]:
+    """The innermost module list that contains a named module."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        parent = model.get_submodule(".".join(parts[:end]))
         if isinstance(parent, nn.ModuleList):
             return list(parent)
     raise ValueError(f"model {type(model).__name__} has no list of decoder layers")

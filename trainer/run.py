@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ from trainer.report import RunSummary, report
 from trainer.routers.base import Native, Router
 from trainer.routers.chosen import chosen_router
 from trainer.sample import sample
+from trainer.slow_ranks import SlowRanks
 from trainer.trainer import Trainer
 from trainer.upcycle.plan import made
 
@@ -70,14 +73,14 @@ def run(config: Config) -> None:
     start_ranks(config.mesh.timeout_s)
     roll_call = RollCall()
     try:
-        _run(config)
+        _run(config, roll_call.hosts)
     except RuntimeError as error:
         _explain_broken_group(error, roll_call)
         raise
     roll_call.close()
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, hosts: Sequence[str]) -> None:
     started = time.monotonic()
     checkpoint = _source(config)
     model_config = _model_config(config, checkpoint)
@@ -135,6 +138,7 @@ def _run(config: Config) -> None:
         loggers=loggers,
         placement=placement,
         flops_per_token=model_flops_per_token(shape, config.train.seq_len),
+        slow_ranks=SlowRanks(hosts, mesh),
         living=living_placement(config, mesh, topology, data.train, shape, rank_zero),
     )
     if resume is not None:
@@ -372,12 +376,14 @@ def _explain_broken_group(error: RuntimeError, roll_call: RollCall) -> None:
     """Say on this rank which ranks are gone, if that is why a collective failed."""
     if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
         return
+    # Torchrun ends these ranks as soon as it knows: not before they have said why.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     missing = roll_call.missing()
+    signal.signal(signal.SIGTERM, handler)
     if missing:
-        names = ", ".join(missing)
         print(
-            f"rank {dist.get_rank()}: rank {names} is gone or hangs; this run ends here. Start it "
-            f"again to go on from the newest complete checkpoint.",
+            f"rank {dist.get_rank()}: rank {', '.join(missing)} is gone, hangs or cannot be "
+            f"reached. The next start of this run goes on from the newest complete checkpoint.",
             file=sys.stderr,
             flush=True,
         )

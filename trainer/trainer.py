@@ -30,6 +30,7 @@ from trainer.placement import LivingPlacement
 from trainer.ranks import agree
 from trainer.record import save_routing
 from trainer.routing import ValidationRouting
+from trainer.slow_ranks import SlowRanks
 
 BITS_PER_NAT = 1.4426950408889634
 
@@ -67,12 +68,13 @@ class Trainer:
         loggers: LoggerList,
         placement: ExpertPlacement,
         flops_per_token: float,
+        slow_ranks: SlowRanks,
         living: LivingPlacement | None = None,
     ) -> None:
         self.config, self.mesh, self.data, self.engine = config, mesh, data, engine
         self.checkpointer, self.loggers = checkpointer, loggers
         self.placement, self.flops_per_token = placement, flops_per_token
-        self.living = living
+        self.living, self.slow_ranks = living, slow_ranks
         self.batches = data.batches(config.train.batch_size, config.seed)
         self.progress = Progress()
         self.history: History | None = None
@@ -214,6 +216,9 @@ class Trainer:
             with collect_routing(recorded or counted) as routing:
                 stats = self.engine.train_step(micro_batches, time_layers=timed)
         progress.step += 1
+        for line in self.slow_ranks.step(stats.row_s):
+            if self.mesh.rank == 0:
+                print(line, flush=True)
         if recorded:
             path = Path(self.config.run.dir) / f"routing/step-{progress.step:08}.npz"
             experts = stats.counts_LE.shape[1]
@@ -256,6 +261,7 @@ class Trainer:
         if self.config.cluster.flops:
             flops = self.flops_per_token * tokens_per_s / self.mesh.world_size
             metrics["speed/model_flops_utilisation"] = flops / self.config.cluster.flops
+        metrics["speed/slowest_rank_ratio"] = self.slow_ranks.ratio
         metrics["memory/bytes"] = memory_bytes(self.mesh.device)
         metrics["moe/max_violation_global"] = global_violation(stats)
         metrics["moe/dead_experts"] = float(dead_experts(stats.counts_LE))
