@@ -45,6 +45,9 @@ class LaunchConfig:
     placement.sweep, one process."""
     nodes: int = 1
     """Machines."""
+    min_nodes: int | None = None
+    """Machines that suffice, with launcher=local: training goes on with these when others are
+    lost, and with all again when they are back. null: nodes."""
     ranks_per_node: int | None = None
     """Ranks on a machine, one per GPU. null: one per GPU of this machine, or 1 without GPUs; other
     machines cannot be counted from here, so slurm and kubernetes need it for job=train."""
@@ -82,6 +85,9 @@ class LocalValues:
 
     host: str | None = None
     """Name or address of the first node, where several nodes meet."""
+    rdzv_host: str | None = None
+    """Host that runs `python -m launch.store`, where nodes meet instead: one that does not train,
+    so that the loss of any training node is survived. null: host."""
     node_rank: int | None = None
     """Number of this node, from 0, to run its part of several. null: show every node's command."""
     address: str | None = None
@@ -159,7 +165,7 @@ def check_launch(config: LaunchConfig) -> None:
     Raises:
         ValueError: with one line per problem, each naming key, value, bound and remedy.
     """
-    problems = [*out_of_bounds(config), *_one_process(config), *_env(config)]
+    problems = [*out_of_bounds(config), *_one_process(config), *_few_nodes(config), *_env(config)]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -171,6 +177,16 @@ def _one_process(config: LaunchConfig) -> Iterator[str]:
         value = getattr(config, key)
         if value not in (None, 1):
             yield f"{key} ({value}): job={config.job.name} is one process; leave it out"
+
+
+def _few_nodes(config: LaunchConfig) -> Iterator[str]:
+    few = config.min_nodes
+    if few is None:
+        return
+    if config.job is not Job.train:
+        yield f"min_nodes ({few}): job={config.job.name} is one process; leave it out"
+    elif few > config.nodes:
+        yield f"min_nodes ({few}) must be <= nodes ({config.nodes})"
 
 
 def _env(config: LaunchConfig) -> Iterator[str]:

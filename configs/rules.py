@@ -65,6 +65,7 @@ AT_LEAST: dict[str, float] = {
     "max_restarts": 0,
     "rdzv_port": 1,
     "join_timeout_s": 1,
+    "min_nodes": 1,
     "grace_s": 1,
     "cluster.num_nodes": 1,
     "cluster.ranks_per_node": 1,

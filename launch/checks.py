@@ -27,6 +27,10 @@ def check_job(plan: Plan, launcher: Launcher) -> tuple[list[Finding], dict[str, 
         found = check_conversion(plan.overrides, launcher.sees_files)
     else:
         found = check_sweep(plan.overrides, launcher.sees_files)
+    few = plan.config.min_nodes
+    if few is not None and not launcher.is_here:
+        text = f"min_nodes ({few}): this launcher starts jobs of all nodes alone; leave it out"
+        found.append(problem("values", text))
     return [*found, *launcher.findings(plan)], lines
 
 

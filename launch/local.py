@@ -72,8 +72,8 @@ class Local(LocalValues):
         address = self.address if node == (self.node_rank or 0) else None
         return plan.command(
             this_python(),
-            endpoint=f"{self.host}:{port or PORT}",
-            is_host=node == 0,
+            endpoint=f"{self.rdzv_host or self.host}:{port or PORT}",
+            is_host=node == 0 and self.rdzv_host is None,
             address=address or (self.host if node == 0 else None),
         )
 
@@ -94,13 +94,15 @@ class Local(LocalValues):
         if not 0 <= self.node_rank < nodes:
             text = f"launcher.node_rank ({self.node_rank}) must be >= 0 and < nodes ({nodes})"
             return [problem("nodes", text)]
-        if self.node_rank == 0:
+        if self.node_rank == 0 and self.rdzv_host is None:
             return [port_finding(port or PORT)]
+        key = "host" if self.rdzv_host is None else "rdzv_host"
+        name = getattr(self, key)
         try:
-            socket.getaddrinfo(self.host, port or PORT)
+            socket.getaddrinfo(name, port or PORT)
         except OSError as error:
-            return [problem("nodes", f"launcher.host ({self.host}): {error}; give its address")]
-        return [ok("nodes", f"{self.host} is known here")]
+            return [problem("nodes", f"launcher.{key} ({name}): {error}; give its address")]
+        return [ok("nodes", f"{name} is known here")]
 
 
 def _gpus(plan: Plan) -> Finding:

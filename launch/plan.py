@@ -17,6 +17,7 @@ MODULES = {
     Job.sweep: "placement.sweep",
 }
 RENDEZVOUS_ID = "evenkeel"
+LAST_CALL_S = 10  # that min_nodes wait for more
 
 
 class Launcher(Protocol):
@@ -55,6 +56,12 @@ class Plan:
     @property
     def num_ranks(self) -> int:
         return self.config.nodes * self.ranks_per_node
+
+    @property
+    def possible_ranks(self) -> list[int]:
+        """Numbers of ranks that the job may run on, most first."""
+        few = self.config.min_nodes or self.config.nodes
+        return [n * self.ranks_per_node for n in range(self.config.nodes, few - 1, -1)]
 
     @property
     def module(self) -> str:
@@ -102,10 +109,14 @@ class Plan:
         """
         config = self.config
         conf = {"join_timeout": config.join_timeout_s, "read_timeout": config.join_timeout_s}
+        nodes = str(config.nodes)
+        if config.min_nodes is not None:
+            conf["last_call_timeout"] = LAST_CALL_S
+            nodes = f"{config.min_nodes}:{nodes}"
         if is_host is not None:
             conf["is_host"] = int(is_host)
         return [
-            f"--nnodes={config.nodes}",
+            f"--nnodes={nodes}",
             f"--nproc-per-node={self.ranks_per_node}",
             "--rdzv-backend=c10d",
             f"--rdzv-conf={','.join(f'{name}={value}' for name, value in conf.items())}",

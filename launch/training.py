@@ -55,13 +55,17 @@ def check_training(plan: Plan, sees_files: bool) -> tuple[list[Finding], dict[st
         sees_files: whether the job has the files of this machine.
     """
     try:
-        with world_size(plan.num_ranks):
-            configs = [load(*words) for words in jobs_of(plan.overrides)]
+        jobs = jobs_of(plan.overrides)
+        configs_by_ranks = {}
+        for ranks in plan.possible_ranks:
+            with world_size(ranks):
+                configs_by_ranks[ranks] = [load(*words) for words in jobs]
+        configs = configs_by_ranks[plan.num_ranks]
     except (*COMPOSE_ERRORS, ValueError) as error:
         return [problem("config", line) for line in explain(error).splitlines()], {}
     found: list[Finding] = []
     models: list[Model | None] = []
-    for config in configs:
+    for job, config in enumerate(configs):
         model = None
         try:
             if sees_files or config.model.source is None:
@@ -69,11 +73,14 @@ def check_training(plan: Plan, sees_files: bool) -> tuple[list[Finding], dict[st
         except ValueError as error:
             found += [problem("model", line) for line in str(error).splitlines()]
         models.append(model)
-        lines = config_problems(config, plan.num_ranks, model)
-        found += [problem("config", line) for line in lines]
+        for ranks, alike in configs_by_ranks.items():
+            lines = config_problems(alike[job], ranks, model)
+            on = f"on {ranks} ranks: " * (len(configs_by_ranks) > 1)
+            found += [problem("config", on + line) for line in lines]
     if not found:
-        jobs = f"{len(configs)} jobs compose and fit" if len(configs) > 1 else "composes and fits"
-        found.append(ok("config", f"{jobs} {plan.num_ranks} ranks"))
+        numbers = " or ".join(map(str, configs_by_ranks))
+        fit = f"{len(jobs)} jobs compose and fit" if len(jobs) > 1 else "composes and fits"
+        found.append(ok("config", f"{fit} {numbers} ranks"))
         found.append(model_finding(models[0]))
     layout = layout_of(configs[0], plan, models[0])
     found.append(ep_finding(layout, models[0]))

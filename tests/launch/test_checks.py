@@ -174,6 +174,34 @@ def test_nodes_that_cannot_meet(
     assert expected in capfd.readouterr().out
 
 
+def test_every_number_of_ranks_is_checked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["nodes=3", "min_nodes=1", "ranks_per_node=2", "launcher.host=n0", *CPU]
+    refused(*words, "--", *tiny_job(folder))
+    output = capfd.readouterr().out
+    assert "on 6 ranks: train.batch_size (8) must be a multiple of" in output
+    assert "on 4 ranks" not in output and "on 2 ranks" not in output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["min_nodes=3", "nodes=2"], "min_nodes (3) must be <= nodes (2)"),
+        (["min_nodes=0"], "min_nodes (0) must be >= 1"),
+        (["min_nodes=1", "job=sweep"], "min_nodes (1): job=sweep is one process; leave it out"),
+        (
+            ["min_nodes=1", "nodes=2", "ranks_per_node=2", "launcher=slurm"],
+            "min_nodes (1): this launcher starts jobs of all nodes alone; leave it out",
+        ),
+    ],
+)
+def test_fewer_nodes_that_cannot_be(
+    folder: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    refused(*words, "--", *tiny_job(folder))
+    found = capfd.readouterr()
+    assert said in found.out + found.err
+
+
 def test_all_jobs_of_a_sweep_are_checked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["ranks_per_node=2", *CPU, "--", "-m", QUICK]
     shown(*words, "balance=auto,none", "seed=0,1")

@@ -114,6 +114,22 @@ def test_every_nodes_command_is_shown_and_none_is_run(
     assert "nothing was started" in output
 
 
+def test_fewer_nodes_and_a_rendezvous_of_their_own_are_in_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "execvpe", None)
+    words = ["nodes=4", "min_nodes=2", "ranks_per_node=2", "launcher.host=n0", *CPU]
+    words += ["launcher.rdzv_host=keeper", "--", *tiny_job(tmp_path, "train.batch_size=48")]
+    assert main(words) == 0
+    output = capfd.readouterr().out
+    commands = [line for line in output.splitlines() if "torch.distributed.run" in line]
+    assert len(commands) == 4
+    for command in commands:
+        assert "--rdzv-endpoint=keeper:29400" in command and "is_host=0" in command
+        assert "--nnodes=2:4" in command and "last_call_timeout=10" in command
+    assert "composes and fits 8 or 6 or 4 ranks" in output
+
+
 def hostile_plan(**values: object) -> Plan:
     return Plan(LaunchConfig(**values), HOSTILE, ranks_per_node=2, cuda=False)  # type: ignore[arg-type]
 
