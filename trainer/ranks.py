@@ -67,6 +67,7 @@ def start_ranks(timeout_s: float) -> None:
         if store.add("started", 1) == world:
             store.set("all started", "")
         store.wait(["all started"], patience)
+        store.set_timeout(timeout)
     else:
         store, rank, world = dist.HashStore(), 0, 1
     dist.init_process_group(
@@ -126,6 +127,13 @@ class RollCall:
 
         Rank 0 keeps the store, so it is the one that is missing if the store does not answer.
         """
+        found: list[list[str]] = []
+        asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
+        asking.start()  # a store behind a cut link may keep it waiting for minutes
+        asking.join(2 * ROLL_CALL_S)
+        return found[0] if found else [f"0 on {self.hosts[0]}"]
+
+    def _ask(self) -> list[str]:
         try:
             store = _store()
             store.set(self.call, "1")
