@@ -12,12 +12,13 @@ ARGS ?=
 
 SETUP = @TORCH='$(TORCH)' PYTHON='$(PYTHON)' tools/setup_env.sh
 
-.PHONY: help train test lint format docs env env-test clean
+.PHONY: help train test lint audit format docs env env-test clean
 
 help:
 	@echo 'make train   set up .venv and train the quickstart (NPROC, ARGS, TORCH, PYTHON)'
 	@echo 'make test    set up .venv and run the test suite'
 	@echo 'make lint    ruff, formatting, types'
+	@echo 'make audit   installed packages: pins, known vulnerabilities (docs/safety.md)'
 	@echo 'make format  let ruff format and fix'
 	@echo 'make docs    write docs/configuration.md'
 	@echo 'make env     only set up .venv for training; env-test: for tests too'
@@ -39,6 +40,9 @@ lint: env-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+audit: env-test
+	.venv/bin/python tools/audit.py
 
 format: env-test
 	.venv/bin/ruff check --fix .

@@ -18,6 +18,7 @@ from configs.describe import help_node
 from configs.errors import did_you_mean
 from configs.launch_schema import LaunchConfig
 from configs.schema import Config
+from configs.secrets import masked_text
 from configs.slots import slot_problems, slots
 from configs.sweep_schema import GROUPS, SweepConfig
 from configs.upcycle_schema import UpcycleConfig
@@ -203,7 +204,8 @@ def sweep_job() -> str:
     """`/` and the overrides of this job of a sweep, as a folder name; empty outside sweeps."""
     if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
         return ""
-    name = str(HydraConfig.get().job.override_dirname).replace(os.sep, "_") or "defaults"
+    overrides = masked_text(str(HydraConfig.get().job.override_dirname))
+    name = overrides.replace(os.sep, "_") or "defaults"
     if len(name) > MAX_FOLDER_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         name = f"{name[: MAX_FOLDER_NAME - 13]}-{digest}"

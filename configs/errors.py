@@ -16,6 +16,7 @@ from omegaconf.errors import (
 
 from configs.describe import ROOTS, choices, fields
 from configs.schema import Config
+from configs.secrets import masked, masked_text
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 
@@ -31,8 +32,8 @@ def explain(error: BaseException, schema: type = Config) -> str:
             return _unknown_choice(str(link.missing_cfg_file))
         if isinstance(link, OverrideParseException):
             return (
-                f"{link.override}: cannot be read; write KEY=VALUE or GROUP=CHOICE, and put a "
-                f"value with special characters in quotes: KEY='\"VALUE\"'"
+                f"{masked_text(str(link.override))}: cannot be read; write KEY=VALUE or "
+                f"GROUP=CHOICE, and put a value with special characters in quotes: KEY='\"VALUE\"'"
             )
         if isinstance(link, (ConfigAttributeError, ConfigKeyError)) and link.full_key:
             return _unknown_key(link)
@@ -80,7 +81,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 def _wrong_value(error: ValidationError, schema: type) -> str:
     key = str(error.full_key)
-    value = {None: "null", "": "''"}.get(error.value, error.value)
+    value = {None: "null", "": "''"}.get(error.value, masked(error.value, key.rpartition(".")[2]))
     types = {field.key: field.type for field in fields(schema)}
     wanted = types.get(key.partition("[")[0])
     if wanted is not None:

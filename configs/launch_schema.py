@@ -14,10 +14,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from configs.rules import out_of_bounds
+from configs.secrets import SECRET
 
 LAUNCH_GROUPS = ("launcher",)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class Job(Enum):

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from configs.rules import check
+from configs.secrets import masked
 from configs.upcycle_schema import RecipeConfig
 
 __all__ = ["Config", "check"]
@@ -329,7 +330,7 @@ class Config:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Every value as plain numbers, strings, lists and dicts, for saving."""
+        """Every value as plain numbers, strings, lists and dicts, for saving; secrets are ***."""
         plain = OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)
         assert isinstance(plain, dict)
-        return {str(name): value for name, value in plain.items()}
+        return {str(name): value for name, value in masked(plain).items()}

@@ -14,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 
 from configs.rules import out_of_bounds
 from configs.schema import ClusterConfig
+from configs.secrets import masked
 
 GROUPS = ("placement", "planner", "dispatcher", "cluster")
 
@@ -102,10 +103,10 @@ class SweepConfig:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Every value as plain numbers, strings, lists and dicts."""
+        """Every value as plain numbers, strings, lists and dicts; secrets are ***."""
         plain = OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)
         assert isinstance(plain, dict)
-        return {str(name): value for name, value in plain.items()}
+        return {str(name): value for name, value in masked(plain).items()}
 
 
 def check_sweep(config: SweepConfig, choices: Mapping[str, str]) -> None:

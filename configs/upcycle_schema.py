@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from configs.rules import out_of_bounds
+from configs.secrets import masked
 
 UPCYCLE_GROUPS = ("recipe", "router_init")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,10 +85,10 @@ class UpcycleConfig(RecipeConfig):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Every value as plain numbers, strings, lists and dicts."""
+        """Every value as plain numbers, strings, lists and dicts; secrets are ***."""
         plain = OmegaConf.to_container(OmegaConf.structured(self), enum_to_str=True)
         assert isinstance(plain, dict)
-        return {str(name): value for name, value in plain.items()}
+        return {str(name): value for name, value in masked(plain).items()}
 
 
 def check_upcycle(config: UpcycleConfig) -> None:

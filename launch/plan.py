@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from configs.launch_schema import Device, Job, LaunchConfig
+from configs.secrets import refuse_secrets
 from launch.findings import Finding
 
 MODULES = {
@@ -147,8 +148,9 @@ def make_plan(config: LaunchConfig, launcher: Launcher, overrides: tuple[str, ..
     """Decide on ranks and device.
 
     Raises:
-        ValueError: if the ranks of other machines are not given.
+        ValueError: if the ranks of other machines are not given, or an override spells a secret.
     """
+    refuse_secrets(overrides)
     if config.job is not Job.train:
         return Plan(config, overrides, 1, config.device is Device.cuda)
     gpus = torch.cuda.device_count() if launcher.is_here else 0

@@ -118,6 +118,8 @@ def load_trace(path: str | Path, num_experts: int | None = None) -> Trace:
         arrays = dict(loaded) if hasattr(loaded, "files") else {"ids": loaded}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"trace {path}: not a readable .npy or .npz file ({error})") from error
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError(f"trace {path}: not a readable .npz file (it holds more than arrays)")
     if len(arrays) == 1:
         arrays = {"ids": next(iter(arrays.values()))}
     if "ids" not in arrays:

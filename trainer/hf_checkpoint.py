@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from trainer.hf_format import HFFormat, Source
+from trainer.remote_code import why_not_read
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -210,9 +211,11 @@ def read_config(path: Path) -> PretrainedConfig:
             f"(fetch one with `hf download`)"
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{file}: not a configuration of a known family: {error}") from error
+        raise ValueError(
+            f"{file}: not a configuration of a known family: {why_not_read(error)}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{file}: quantization_config is set; only unquantised weights can be read, "

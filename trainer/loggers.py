@@ -7,14 +7,18 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from configs.secrets import masked_text
 
 LOG = logging.getLogger(__name__)
 PLAIN_LINES = 30  # that a run prints where there is no terminal for a progress bar
@@ -173,16 +177,17 @@ class Wandb:
             id_file.parent.mkdir(parents=True, exist_ok=True)
             id_file.write_text(uuid.uuid4().hex)
         online = self.mode == "online"
-        self.run: Any = wandb.init(
-            project=self.project,
-            name=self.name,
-            id=id_file.read_text(),
-            resume="allow" if online else None,
-            config=config,
-            dir=self.dir,
-            mode="online" if online else "offline",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with _masked_command():
+            self.run: Any = wandb.init(
+                project=self.project,
+                name=self.name,
+                id=id_file.read_text(),
+                resume="allow" if online else None,
+                config=config,
+                dir=self.dir,
+                mode="online" if online else "offline",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         # wandb drops steps that come again after a resume, unless the step is a metric like others
         self.run.define_metric("*", step_metric="step")
 
@@ -214,6 +219,17 @@ class TensorBoard:
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.writer.close()
+
+
+@contextmanager
+def _masked_command() -> Iterator[None]:
+    """Whoever notes the command line, as wandb does, gets it without secrets."""
+    command = sys.argv
+    sys.argv = [masked_text(word) for word in command]
+    try:
+        yield
+    finally:
+        sys.argv = command
 
 
 def _require(package: str) -> None:

@@ -101,7 +101,7 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"model.family ({config.model_type}) has no causal language model: {error}"

@@ -156,6 +156,14 @@ def test_the_value_of_a_secret_is_never_shown(
     assert "hush" not in shown_text.err + shown_text.out
 
 
+def test_overrides_that_spell_a_secret(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(*CPU, "force=true", "--", QUICK, "+logger.mine.api_key=hush")
+    shown_text = capfd.readouterr()
+    assert "write '+logger.mine.api_key=${oc.env:NAME}'" in shown_text.err
+    assert "hush" not in shown_text.err + shown_text.out
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from configs.launch_schema import SECRET
+from configs.secrets import SECRET
 from launch.__main__ import main
 from tests.launch.jobs import BIN, ROOT
 

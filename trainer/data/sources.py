@@ -308,7 +308,13 @@ class HFDataset:
             return datasets.load_dataset(
                 self.path, name=self.name, split=split, revision=self.revision
             )
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,  # data sets that are scripts, which are never run
+            datasets.exceptions.DatasetsError,
+        ) as error:
             raise ValueError(f"datasets cannot load {self.path}, split {split}: {error}") from error
 
 

@@ -100,7 +100,8 @@ def read_stream(folder: Path, source: str, split: str, *, mapped: bool) -> Token
     )
     # an empty file cannot be mapped
     mode: Any = "r" if mapped and info["tokens"] else None
-    return TokenStream(StreamInfo(**info), np.load(path, mmap_mode=mode), np.load(ends))
+    tokens = np.load(path, mmap_mode=mode, allow_pickle=False)
+    return TokenStream(StreamInfo(**info), tokens, np.load(ends, allow_pickle=False))
 
 
 def tokenized(

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trainer.remote_code import why_not_read
+
 END_OF_DOCUMENT = "<|endoftext|>"
 NUM_BYTES = 256
 
@@ -104,10 +106,11 @@ class HFTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"data.tokenizer.path ({path}) must be a tokenizer folder or hub id: {error}"
+                f"data.tokenizer.path ({path}) must be a tokenizer folder or hub id: "
+                f"{why_not_read(error)}"
             ) from error
         if self.tokenizer.eos_token_id is None:
             raise ValueError(

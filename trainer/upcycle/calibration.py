@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainer.remote_code import why_not_read
+
 KEY = "recipe.calibration"
 
 
@@ -133,7 +135,9 @@ def load(checkpoint: Path, tokens: Tokens) -> Any:
     Raises:
         ValueError: for ids that the model has no embedding of.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype="auto", trust_remote_code=False, use_safetensors=True
+    )
     last, vocab_size = int(tokens.ids_ST.max()), model.config.vocab_size
     if last >= vocab_size:
         raise ValueError(
@@ -155,9 +159,11 @@ def _note(found: dict[int, Tensor], layer: int, module: Any, arguments: tuple[Te
 
 def _encode(checkpoint: Path, texts: Sequence[str]) -> list[list[int]]:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: no tokenizer that can be loaded: {error}") from error
+        raise ValueError(
+            f"{checkpoint}: no tokenizer that can be loaded: {why_not_read(error)}"
+        ) from error
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return encoded
 

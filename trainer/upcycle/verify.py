@@ -226,7 +226,11 @@ def outputs(plan: Plan, target: Path) -> Step:
         return Step("outputs", True, "not compared: both models together are too large for that")
     runs_in, dtype = _dtypes(plan)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        target, dtype=runs_in, output_loading_info=True
+        target,
+        dtype=runs_in,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     moe, info = loaded
     lists = {name: keys for name, keys in info.items() if keys}
@@ -236,8 +240,10 @@ def outputs(plan: Plan, target: Path) -> Step:
     got = moe.eval()(tokens).logits.float()
     moe.generate(tokens[:1], max_new_tokens=2, do_sample=False)
     source = plan.model.checkpoints[0].path
-    dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    want = dense(tokens).logits
+    dense: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
+    want = dense.eval()(tokens).logits
     rounded = want if dtype is torch.float32 else dense.to(dtype)(tokens).logits.float()
     kl = F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none")
     step = _judged(plan, "outputs", _difference(got, want, rounded, dtype))
