@@ -31,7 +31,7 @@ from trainer.checkpoint_files import CheckpointReader
 from trainer.data import Data, build_data, check_vocabulary
 from trainer.data.baseline import baseline_bits_per_byte
 from trainer.engine import EngineBase
-from trainer.export import HFCheckpoint, export_model
+from trainer.export import HFCheckpoint, TensorSource, export_model
 from trainer.living import (
     expert_shape,
     first_placement,
@@ -363,10 +363,13 @@ def _export(config: Config, trainer: Trainer, data: Data, checkpoint: Path | Non
     """Write the newest checkpoint as a Hugging Face directory, on rank 0, tensor by tensor."""
     if trainer.mesh.rank != 0 or checkpoint is None:
         return None
-    reader = CheckpointReader(checkpoint)
+    tensors: TensorSource = CheckpointReader(checkpoint)
+    for balancer in trainer.engine.balancers:
+        if isinstance(balancer, Router):
+            tensors = balancer.exported(tensors)
     return export_model(
         trainer.engine.model.config,
-        reader,
+        tensors,
         Path(config.checkpoint.export_dir),
         tokenizer=data.tokenizer,
     )

@@ -35,6 +35,7 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "sinkhorn": (LOOKS,),
     "rectified": (LOOKS,),
     "local": ("mesh.ranks_per_node=1",),
+    "shared": (),
     "group_limited": ("router.groups=2", *SIGMOID),
 }
 REFUSED = {
@@ -48,7 +49,6 @@ REFUSED = {
     "hash": (),
     "random": (),
     "cosine": (),
-    "shared": (),
     "recurrent": (),
     "null_experts": (),
     "zero_experts": (),

@@ -20,6 +20,7 @@ from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, router_of
 from trainer.balance.base import Balancer, joined
 from trainer.balance.bias import selection_bias
+from trainer.export import TensorSource
 from trainer.routers.family import Family
 
 
@@ -90,6 +91,10 @@ class Router(Balancer):
         """The number of this micro-batch in the step, from 0; call once per forward."""
         self.passes[layer] = self.passes.get(layer, -1) + 1
         return self.passes[layer]
+
+    def exported(self, tensors: TensorSource) -> TensorSource:
+        """The tensors that plain transformers need to choose alike, by logical key."""
+        return tensors
 
     @abstractmethod
     def choose(self, layer: int, scores_TE: Tensor, chosen_by_TE: Tensor, training: bool) -> Tensor:

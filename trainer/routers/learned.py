@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from parallel.decisions import is_replaying
 from parallel.mesh import ParallelMesh
 from parallel.model import moe_blocks, router_of
+from trainer.export import TensorSource
 from trainer.routers.base import Router, check_positive
 from trainer.routers.family import Family
 from trainer.routers.fixed import generator
@@ -132,11 +133,13 @@ class Shared(Learned):
     """Successive layers have one router weight (Omni-router, arXiv:2507.05724): a token keeps its
     experts' ids from layer to layer more often, which placement turns into less traffic.
 
-    The choice depends on the token alone.
+    The choice depends on the token alone. An export has the shared weight in each of its layers.
 
     Args:
         layers: that share a weight, the first of which lends it; None for all.
     """
+
+    exports = True
 
     def __init__(self, layers: int | None = None) -> None:
         super().__init__()
@@ -147,10 +150,37 @@ class Shared(Learned):
         self.layers = min(self.layers or len(weight_LED), len(weight_LED))
         return {"weight": weight_LED[:: self.layers].clone()}
 
+    def attach(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        super().attach(model, mesh)
+        routers = [router_of(block) for _, block in moe_blocks(model)]
+        names = {id(module): name for name, module in model.named_modules()}
+        self.gates = [f"{names[id(router)]}.weight" for router in routers]
+
+    def exported(self, tensors: TensorSource) -> TensorSource:
+        assert self.layers is not None
+        return _Lent(tensors, self.gates, self.layers)
+
     def logits(self, layer: int, hidden_TD: Tensor, logits_TE: Tensor) -> Tensor:
         assert self.layers is not None
         weight_ED = self.values["weight"][layer // self.layers]
         return F.linear(hidden_TD.to(weight_ED.dtype), weight_ED)
+
+
+class _Lent:
+    """TensorSource in which every layer's router has the weight that its layers share."""
+
+    def __init__(self, tensors: TensorSource, gates: list[str], layers: int) -> None:
+        self.tensors = tensors
+        self.place = {gate: layer // layers for layer, gate in enumerate(gates)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self.place:
+            return self.tensors[f"{ROUTING}.weight"][self.place[key]]
+        return self.tensors[key]
+
+    def keys(self) -> list[str]:
+        all_keys = self.tensors.keys()
+        return [key for key in all_keys if not key.startswith(f"{ROUTING}.")]
 
 
 class Recurrent(Learned):
