@@ -5,6 +5,7 @@ Names of scenarios as arguments: only these. Needs root on Linux.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -29,7 +30,7 @@ def main() -> int:
                 continue
             try:
                 print(line(scenario(suite)), flush=True)
-            except AssertionError as error:
+            except (AssertionError, subprocess.TimeoutExpired) as error:
                 failed += 1
                 print(f"{name_of(scenario)} FAILED: {error}", flush=True)
     return int(failed > 0)
