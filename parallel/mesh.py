@@ -74,7 +74,7 @@ class ParallelMesh:
 
     @property
     def rank(self) -> int:
-        return self.dense.get_rank()
+        return self.dense.get_local_rank("dp")
 
     @property
     def world_size(self) -> int:

@@ -14,13 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
 
 from parallel.decisions import Decision, checkpoint_contexts, collect_layers
 from parallel.layer import ExpertParallel
 from parallel.mesh import ParallelMesh
-from parallel.model import moe_blocks, moe_layers, router_of
+from parallel.model import check_same_on_all_ranks, moe_layers
 from parallel.phases import time_phases, watch_products
 from parallel.planners import StatefulPlanner
 from parallel.relocate import Relocation, relocate
@@ -30,8 +28,8 @@ from placement.table import ExpertPlacement
 from trainer.balance.base import Balancer
 from trainer.metrics import Metric, reduce_metrics
 from trainer.optim import grad_norm_
-from trainer.routers.learned import ROUTING
 from trainer.routing import routing_metrics
+from trainer.sharding import decoder_layers, shard
 from trainer.training_state import TrainingState
 
 IGNORED = -100
@@ -244,7 +242,7 @@ class EngineBase(ABC):
 
 
 class TorchEngine(EngineBase):
-    """FSDP2 over all ranks for dense parameters and over EDP for experts, with fp32 masters.
+    """FSDP2 with fp32 masters: dense parameters over all ranks or a node's, experts over EDP.
 
     Args:
         model, balancers, recompute: see `EngineBase`.
@@ -254,7 +252,13 @@ class TorchEngine(EngineBase):
         bf16: compute in bf16, routers and reductions in fp32.
         max_grad_norm: clip above this norm; 0 for never.
         reshard_after_forward: free gathered weights between forward and backward.
+        shard_within_node: hybrid sharding: split parameters over the ranks of a node, and keep a
+            copy on every node; see `trainer.sharding.Sharding`.
+        cpu_offload: keep parameters, gradients and optimizer state in CPU memory and update there.
         tune_chunks: choose the layers' numbers of chunks in the first steps.
+
+    Raises:
+        ValueError: if `shard_within_node` does not fit the ranks.
     """
 
     optimizer: torch.optim.Optimizer
@@ -272,6 +276,8 @@ class TorchEngine(EngineBase):
         compile: bool = False,
         max_grad_norm: float = 1.0,
         reshard_after_forward: bool = True,
+        shard_within_node: bool = False,
+        cpu_offload: bool = False,
         tune_chunks: bool = False,
     ) -> None:
         super().__init__(model, mesh, balancers=balancers, bf16=bf16, recompute=recompute)
@@ -280,7 +286,14 @@ class TorchEngine(EngineBase):
             for layer in decoder_layers(self.model):
                 layer.compile()
         self.tuner = ChunkTuner(self.moe_layers(), mesh.dp_group) if tune_chunks else None
-        shard(self.model, mesh, bf16=bf16, reshard_after_forward=reshard_after_forward)
+        self.sharding = shard(
+            self.model,
+            mesh,
+            bf16=bf16,
+            reshard_after_forward=reshard_after_forward,
+            within_nodes=shard_within_node,
+            cpu_offload=cpu_offload,
+        )
         self.optimizer = make_optimizer(self.model)
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         self._untrained = [p for p in self.model.parameters() if p not in trained]
@@ -288,7 +301,15 @@ class TorchEngine(EngineBase):
 
     def relocate(self, new: ExpertPlacement) -> Relocation:
         """Move experts to the homes of another table; see `parallel.relocate.relocate`."""
-        return relocate(self.model, self.optimizer, self.mesh, new)
+        copies = self.sharding.copies
+        if copies is None:
+            return relocate(self.model, self.optimizer, self.mesh, new)
+        check_same_on_all_ranks(new, self.mesh)
+        of_node = relocate(self.model, self.optimizer, self.sharding.experts, new)
+        seconds = torch.tensor(of_node.seconds, dtype=torch.float64, device=self.mesh.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=copies)
+        num_bytes = of_node.bytes * dist.get_world_size(copies)
+        return Relocation(of_node.experts, num_bytes, float(seconds))
 
     def _backward(self, micro_batches: list[dict[str, Tensor]], num_tokens: int) -> Tensor:
         total_loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -307,84 +328,17 @@ class TorchEngine(EngineBase):
         return total_loss
 
     def _gradient_norm(self) -> float:
-        return float(grad_norm_(self.model, self.max_grad_norm, self.mesh.dp_group))
+        return float(
+            grad_norm_(
+                self.model,
+                self.max_grad_norm,
+                self.mesh.dp_group,
+                counts_dense=self.sharding.counts_dense,
+                counts_experts=self.sharding.counts_experts,
+            )
+        )
 
     def _apply(self, finite: bool) -> None:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def decoder_layers(model: nn.Module) -> list[Any]:
-    """The repeated blocks of a causal LM: the module list that contains the MoE layers."""
-    return module_list_of(model, moe_layers(model)[0][0])
-
-
-def module_list_of(model: nn.Module, name: str) -> list[Any]:
-    """The innermost module list that contains a named module."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        parent = model.get_submodule(".".join(parts[:end]))
-        if isinstance(parent, nn.ModuleList):
-            return list(parent)
-    raise ValueError(f"model {type(model).__name__} has no list of decoder layers")
-
-
-def shard(model: Any, mesh: ParallelMesh, *, bf16: bool, reshard_after_forward: bool) -> None:
-    """Shard in place with FSDP2: experts over EDP, all else over every rank; sums only."""
-    compute = torch.bfloat16 if bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if bf16 else None)
-    routing = MixedPrecisionPolicy(param_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    # Buffers that a family declares as parameters (a selection bias) stay whole on every rank.
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-
-    def wrap(module: nn.Module, over: Any, mp_policy: MixedPrecisionPolicy, **kwargs: Any) -> None:
-        fully_shard(
-            module,
-            mesh=over,
-            mp_policy=mp_policy,
-            reshard_after_forward=reshard_after_forward,
-            ignored_params=frozen,
-            **kwargs,
-        )
-
-    for _, layer in moe_layers(model):
-        dim = 0 if len(layer.local_experts) % mesh.edp_size == 0 else 1
-        check_divisible(layer, mesh.edp_size, dim)
-        wrap(
-            layer,
-            mesh.expert["edp"],
-            policy,
-            shard_placement_fn=lambda parameter, dim=dim: Shard(dim),
-        )
-    if bf16:
-        for _, moe_block in moe_blocks(model):
-            router = router_of(moe_block)
-            if router is not None:
-                wrap(router, mesh.dense["dp"], routing)
-    if hasattr(model, ROUTING):
-        wrap(getattr(model, ROUTING), mesh.dense["dp"], routing)
-    for block in decoder_layers(model):
-        wrap(block, mesh.dense["dp"], policy)
-    wrap(model, mesh.dense["dp"], policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_reduce_scatter_unused_params(True)
-
-
-def check_divisible(layer: ExpertParallel, edp_size: int, dim: int) -> None:
-    """Refuse expert stacks that cannot be split evenly over the EDP group.
-
-    Raises:
-        ValueError: naming the stack, its size and the remedy.
-    """
-    for name in layer.experts.names:
-        shape = tuple(getattr(layer.experts, name).shape)
-        if shape[dim] % edp_size:
-            raise ValueError(
-                f"{name} {shape} cannot be split over {edp_size} expert-data-parallel ranks: "
-                f"neither experts per rank ({shape[0]}) nor width ({shape[1]}) is divisible; "
-                f"choose a larger mesh.ep"
-            )

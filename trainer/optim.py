@@ -125,25 +125,33 @@ def _progress(number: int, start: int, end: int) -> float:
 
 
 @torch.no_grad()
-def grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup) -> Tensor:
+def grad_norm_(
+    model: nn.Module,
+    max_norm: float,
+    group: dist.ProcessGroup,
+    *,
+    counts_dense: bool = True,
+    counts_experts: bool = True,
+) -> Tensor:
     """Norm of the whole model's gradient, float64 [], which is scaled down to `max_norm` in place.
 
-    Every element of a gradient must be on exactly one rank of the group, as with FSDP2 over all
-    of the parameter's replicas: then the squares of the local shards, summed by one all-reduce,
-    count each once. Every expert is summed by itself, then all in the order of their ids: homes
-    make no difference. No host sync.
+    Every element of a gradient must be on exactly one rank of those that count it: then the
+    squares of the local shards, summed by one all-reduce, count each once. Every expert is summed
+    by itself, then all in the order of their ids: homes make no difference. No host sync.
 
     Args:
         model: parameters without gradients do not count. max_norm: 0 for never scaling.
         group: all ranks.
+        counts_dense, counts_experts: whether this rank counts its shards. False where they are
+            copies of what another rank counts; they are scaled all the same.
     """
     layers = [layer for _, layer in moe_layers(model)]
     of_experts = {p for layer in layers for p in layer.experts.parameters(recurse=False)}
     gradients = {p: _local(p.grad, group) for p in model.parameters() if p.grad is not None}
     dense = torch.nn.utils.get_total_norm([g for p, g in gradients.items() if p not in of_experts])
     device = next(iter(gradients.values())).device
-    squares = [dense.to(device).double().square()[None]]
-    squares += [_expert_squares(layer, gradients, device) for layer in layers]
+    squares = [dense.to(device).double().square()[None] * counts_dense]
+    squares += [_expert_squares(layer, gradients, device) * counts_experts for layer in layers]
     square = torch.cat(squares)
     dist.all_reduce(square, group=group)
     norm = square.sum().sqrt()
@@ -170,7 +178,7 @@ def _expert_squares(
 def _local(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's shard of a gradient."""
     if isinstance(gradient, DTensor):
-        assert all(placement.is_shard() for placement in gradient.placements)
+        assert any(placement.is_shard() for placement in gradient.placements)
         return gradient.to_local()
     assert dist.get_world_size(group) == 1, "a whole gradient would count once per rank"
     return gradient

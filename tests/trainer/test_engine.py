@@ -60,7 +60,8 @@ def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank of several; return metrics and this rank's parameters by logical key."""
     model: Any = full_model(case["family"])
-    mesh = ParallelMesh.build(ep=case["ep"], device_type="cpu")
+    per_node = case.get("ranks_per_node")
+    mesh = ParallelMesh.build(ep=case["ep"], ranks_per_node=per_node, device_type="cpu")
     layers = case.get("layers", {})
     parallelize(model, mesh, planner=case.get("planner", home_plan), **layers)
     engine = TorchEngine(
@@ -71,6 +72,7 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
         balancers=BALANCERS[case["balancer"]](),
         recompute=case.get("recompute", False),
         max_grad_norm=case["clip"],
+        **case.get("engine", {}),
     )
     metrics, counts = [], []
     for step in range(case.get("steps", STEPS)):
