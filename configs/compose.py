@@ -19,6 +19,7 @@ from configs.errors import did_you_mean
 from configs.launch_schema import LaunchConfig
 from configs.schema import Config
 from configs.secrets import masked_text
+from configs.sizing_schema import SizingConfig
 from configs.slots import slot_problems, slots
 from configs.sweep_schema import GROUPS, SweepConfig
 from configs.upcycle_schema import UpcycleConfig
@@ -33,6 +34,7 @@ def register() -> None:
     store.store(name="sweep_schema", node=SweepConfig)
     store.store(name="upcycle_schema", node=UpcycleConfig)
     store.store(name="launch_schema", node=LaunchConfig)
+    store.store(name="sizing_schema", node=SizingConfig)
     store.store(group="hydra/help", name="evenkeel", node=help_node())
     OmegaConf.register_new_resolver("sweep_job", sweep_job, replace=True)
     OmegaConf.register_new_resolver("per_rank", per_rank, replace=True)
@@ -113,6 +115,18 @@ def load_launch(*overrides: str) -> LaunchConfig:
     """
     config = _load("launch", *overrides)
     assert isinstance(config, LaunchConfig)
+    return config
+
+
+def load_sizing(*overrides: str) -> SizingConfig:
+    """The configuration of a plan that these overrides of the command line give.
+
+    Raises:
+        HydraException, OmegaConfBaseException: `explain` of configs/errors.py words them.
+        ValueError: for missing values and for slots that do not fit their target.
+    """
+    config = _load("sizing", *overrides)
+    assert isinstance(config, SizingConfig)
     return config
 
 

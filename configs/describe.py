@@ -27,6 +27,7 @@ from configs.launch_schema import (
     SlurmValues,
 )
 from configs.rules import bounds_text
+from configs.sizing_schema import SIZING_GROUPS, SizingConfig
 from configs.sweep_schema import GROUPS, SweepConfig
 from configs.upcycle_schema import UPCYCLE_GROUPS, UpcycleConfig
 
@@ -107,6 +108,18 @@ LAUNCH_EXAMPLES = (
     ),
 )
 
+SIZING_EXAMPLES = (
+    (
+        "Qwen3-30B-A3B on 16 nodes of 8 H100",
+        "python -m launch plan model=qwen3_30b_a3b cluster=h100_8x8 cluster.num_nodes=16",
+    ),
+    (
+        "A checkpoint of your own on one node of 80 GB GPUs",
+        "python -m launch plan model=hf model.source=DIRECTORY cluster=h100_1x8 "
+        "train.batch_size=512 json=plan.json",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -159,7 +172,7 @@ def choices(root: str = "config") -> list[Choice]:
     found = []
     for path in sorted(FOLDER.glob("*/**/*.yaml"), key=lambda path: (path.parent, path.name)):
         group = path.parent.relative_to(FOLDER).as_posix()
-        if ROOT_OF.get(group, "config") != ("config" if root == "sweep" else root):
+        if ROOT_OF.get(group, "config") != ("config" if root in ("sweep", "sizing") else root):
             continue
         is_default = (group, path.stem) in defaults
         found.append(Choice(group, path.stem, _first_comment(path), is_default))
@@ -239,9 +252,23 @@ def launch_help_text() -> str:
     lines += [
         "",
         "What follows -- goes to the job as it is; see python -m trainer.train --help.",
+        "How many GPUs a job needs: python -m launch plan --help.",
         "HYDRA_FULL_ERROR=1 in the environment shows the traceback of an error.",
     ]
     return "\n".join(lines)
+
+
+def sizing_help_text() -> str:
+    """The answer to `python -m launch plan --help`."""
+    lines = [
+        "Evenkeel estimates memory and step time: what fits on a cluster, and what is fastest.",
+        "",
+        "  python -m launch plan [GROUP=CHOICE | KEY=VALUE] ...",
+    ]
+    lines += _example_lines(SIZING_EXAMPLES)
+    own = [choice for choice in choices("sizing") if choice.group in SIZING_GROUPS]
+    lines += [*_group_lines(own), *_value_lines(fields(SizingConfig))]
+    return "\n".join([*lines, "", "docs/scaling.md says what is counted, and what is assumed."])
 
 
 def launch_fields() -> list[Field]:

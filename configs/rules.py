@@ -12,6 +12,7 @@ from configs.engine_rules import KEEPING, engine_problems, target_of
 if TYPE_CHECKING:
     from configs.launch_schema import LaunchConfig
     from configs.schema import Config
+    from configs.sizing_schema import SizingConfig
     from configs.sweep_schema import SweepConfig
     from configs.upcycle_schema import UpcycleConfig
 
@@ -83,6 +84,7 @@ ABOVE: dict[str, float] = {
     "cluster.inter_gbps": 0,
     "cluster.node_gbps": 0,
     "cluster.flops": 0,
+    "cluster.memory_gib": 0,
     "compute_share": 0,
 }
 AT_MOST: dict[str, float] = {"optim.min_lr_ratio": 1, "stats.decay": 1, "compute_share": 1}
@@ -148,7 +150,7 @@ def bounds_text(key: str) -> str:
 
 
 def out_of_bounds(
-    config: Config | SweepConfig | UpcycleConfig | LaunchConfig,
+    config: Config | SweepConfig | UpcycleConfig | LaunchConfig | SizingConfig,
 ) -> Iterator[str]:
     """Numbers of a configuration that are outside their bounds, one line each."""
     for key in sorted({*AT_LEAST, *ABOVE, *AT_MOST, *BELOW}):
@@ -329,7 +331,9 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.weights ({data.weights}) must be >= 0, and one of them > 0"
 
 
-def _value(config: Config | SweepConfig | UpcycleConfig | LaunchConfig, key: str) -> Any:
+def _value(
+    config: Config | SweepConfig | UpcycleConfig | LaunchConfig | SizingConfig, key: str
+) -> Any:
     """The value of a key; None where this kind of configuration has none."""
     value: Any = config
     for name in key.split("."):

@@ -295,6 +295,8 @@ class ClusterConfig:
     for planner and placer, and no utilisation is reported; placement.sweep needs it."""
     latency_us: float | None = None
     """Time of an empty message between two nodes, microseconds. null: as intra_gbps."""
+    memory_gib: float | None = None
+    """Memory of one rank's GPU, GiB, for `python -m launch plan`, which needs it. null: unknown."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Start a job: `python -m launch launcher=slurm nodes=4 ranks_per_node=8 -- OVERRIDES`.
 
 What follows `--` are the overrides of the job, which get there unchanged. `--help` lists every
-launcher and value.
+launcher and value. `python -m launch plan` sizes a job instead (launch/sizing).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from launch.plan import Launcher, Plan, make_plan
 
 EXIT_CONFIG = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
-SEPARATOR = "--"
+PLAN, SEPARATOR = "plan", "--"
 STYLES = {State.ok: "green", State.note: "yellow", State.problem: "red"}
 
 
@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the job and does not return.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [PLAN]:
+        from launch.sizing.command import size  # takes seconds to import
+
+        return size(given[1:])
     split = given.index(SEPARATOR) if SEPARATOR in given else len(given)
     own, overrides = given[:split], tuple(given[split + 1 :])
     if "--help" in own or "-h" in own:

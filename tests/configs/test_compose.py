@@ -93,7 +93,7 @@ def test_every_example_composes(command: str) -> None:
         ("optim.betas=[a,b]", "optim.betas[0] (a) must be list[float]"),
         ("train.precision=fp8", "train.precision (fp8) must be fp32 or bf16"),
         ("train=3", "train (3) is a section; set its values, such as train.steps=..."),
-        ("model=tinyy", "model=tinyy: no such choice; did you mean tiny? model has hf, tiny"),
+        ("model=tinyy", "model=tinyy: no such choice; did you mean tiny? model has deepseek_v3, "),
         ("logger=[console,wand]", "logger=wand: no such choice; did you mean wandb?"),
         ("experiment=zzz", "experiment=zzz: no such choice; known: innovator_warmup, quickstart"),
         ("placement=file", "missing values: placement.path; give them on the command line"),
