@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from configs.describe import FOLDER, Choice, Field, choices, examples, fields, launch_fields
+from configs.sizing_schema import SizingConfig
 from configs.sweep_schema import SweepConfig
 from configs.upcycle_schema import UpcycleConfig
 
@@ -71,6 +72,13 @@ LAUNCH = """\
 Its defaults are in configs/launch.yaml and configs/launcher/; docs/launch.md explains them.
 """
 
+SIZING = """\
+## Values of `python -m launch plan`
+
+Its groups are model, cluster and planner; its defaults are in configs/sizing.yaml. docs/scaling.md
+says what it counts.
+"""
+
 
 def markdown() -> str:
     """The whole page."""
@@ -85,6 +93,7 @@ def markdown() -> str:
     parts.append(_field_table(fields(SweepConfig)))
     parts += [UPCYCLE, _choice_table(choices("upcycle")), _field_table(fields(UpcycleConfig))]
     parts += [LAUNCH, _choice_table(choices("launch")), _field_table(launch_fields())]
+    parts += [SIZING, _field_table(fields(SizingConfig))]
     return "\n".join(parts)
 
 
