@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from launch.sizing.live import LiveBytes
 from parallel.dispatch import Dispatcher
 from parallel.layer import ExpertParallel
 from parallel.memory import keep_freed_memory
@@ -26,7 +27,6 @@ from parallel.planners import home_plan
 from placement.table import ExpertPlacement
 from placement.topology import Topology
 from tests.benchmarks.imbalance_figures import EVEN, HOME, PlanFacts, RankRecord, Sample
-from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.workloads import Ids, RoutingShape, Workload, balanced
 
 TOLERANCE = 1e-5  # of the greatest value, fp32
@@ -161,9 +161,9 @@ class ArmOnRank:
         x_TD.requires_grad_()
         weights_TK.requires_grad_()
         before = [x_TD, weights_TK, batch.ids_TK, batch.grad_TD, *self.parameters]
-        with PeakMemory(before) as memory:
+        with LiveBytes(before) as memory:
             self.layer(x_TD, batch.ids_TK, weights_TK).backward(batch.grad_TD)
-        peak = memory.peak_bytes(_gradient(parameter) for parameter in self.parameters)
+        peak = memory.peak(_gradient(parameter) for parameter in self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
         return peak

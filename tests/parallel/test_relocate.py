@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from launch.sizing.live import LiveBytes
 from parallel.model import moe_layers
 from parallel.relocate import Relocation, Trip, rounds_of
 from parallel.step import optimizer_step
 from placement.table import ExpertPlacement
-from tests.benchmarks.memory import PeakMemory
 from tests.ranks import run_ranks
 from tests.trainer.checkpoint_runs import merge, whole
 from tests.trainer.relocation_runs import LAYERS, make_engine, random_table, step
@@ -57,9 +57,9 @@ def move_around(case: dict[str, Any]) -> dict[str, Any]:
     held, homes, moved, peaks = [snapshot(engine)], [], [], []
     pointers = [local(stack).data_ptr() for stack in stacks_of(engine)]
     for table in tables(num_experts, ep):
-        with PeakMemory(map(local, stacks_of(engine))) as memory:
+        with LiveBytes(map(local, stacks_of(engine))) as memory:
             moved.append(engine.relocate(table))
-        peaks.append(memory.peak_bytes())
+        peaks.append(memory.peak())
         held.append(snapshot(engine))
         homes.append([layer.local_experts for _, layer in moe_layers(engine.model)])
     assert pointers == [local(stack).data_ptr() for stack in stacks_of(engine)], "not in place"

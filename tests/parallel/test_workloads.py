@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.sizing.live import LiveBytes
 from parallel.plan import DispatchPlan
 from tests.benchmarks import imbalance
 from tests.benchmarks.imbalance_figures import (
@@ -25,7 +26,6 @@ from tests.benchmarks.imbalance_figures import (
     verdicts,
 )
 from tests.benchmarks.imbalance_ranks import TOLERANCE, difference, typical
-from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.workloads import (
     RoutingShape,
     Workload,
@@ -240,7 +240,7 @@ def test_recordings_that_are_none_are_refused(
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 100))
-    with PeakMemory([weight]) as memory:
+    with LiveBytes([weight]) as memory:
         a = torch.zeros(1000)
         view = a[:10]
         b = a + 1  # 8000 bytes alive
@@ -250,8 +250,8 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         c = torch.ones(500)
     assert weight.grad is not None
     scalars = 3 * 4  # sum, product, incoming gradient
-    assert 8000 <= memory.peak_bytes([weight.grad]) <= 8000 + scalars
-    assert 9600 <= memory.peak_bytes() <= 9600 + scalars
+    assert 8000 <= memory.peak([weight.grad]) <= 8000 + scalars
+    assert 9600 <= memory.peak() <= 9600 + scalars
     assert len(c) == 500
 
 
