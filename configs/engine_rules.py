@@ -17,11 +17,11 @@ MERGING = "trainer.balance.merging.MergeExperts"
 OF_WEIGHTS = {"trainer.balance.coupling.Coupling", MERGING}
 
 
-def engine_problems(config: Config, world_size: int | None = None) -> Iterator[str]:
+def engine_problems(config: Config, world_size: int) -> Iterator[str]:
     """What a configuration asks of its engine in vain, one line each.
 
     Args:
-        world_size: number of ranks of the job, if known.
+        world_size: number of ranks of the job.
     """
     if target_of(config.engine) == DEEPSPEED:
         yield from (f"{refused}, or use engine=torch" for refused in _deepspeed(config))
@@ -31,7 +31,7 @@ def engine_problems(config: Config, world_size: int | None = None) -> Iterator[s
         yield from _offloaded(config)
 
 
-def _hybrid(config: Config, world_size: int | None) -> Iterator[str]:
+def _hybrid(config: Config, world_size: int) -> Iterator[str]:
     """What does not go with parameters that every node has a copy of."""
     per_node = config.mesh.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     key = "engine.shard_within_node (true)"
@@ -40,7 +40,7 @@ def _hybrid(config: Config, world_size: int | None) -> Iterator[str]:
             f"{key} needs mesh.ranks_per_node (1) to be >= 2: a node of one rank has nothing to "
             f"split; set it to false"
         )
-    elif per_node and world_size is not None and world_size <= per_node:
+    elif per_node and world_size <= per_node:
         yield (
             f"{key} needs several nodes, but mesh.ranks_per_node ({per_node}) puts all "
             f"{world_size} ranks on one; set it to false"

@@ -120,7 +120,7 @@ def check(
         *_names(config),
         *_compile(config),
         *_borrowed(config),
-        *engine_problems(config),
+        *engine_problems(config, world_size),
         *_levels(config, world_size),
         *_living(config),
         *_mesh(config, world_size, num_experts or _override(config, NUM_EXPERTS)),
