@@ -8,6 +8,7 @@ process that outlives this one removes everything if this one dies.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -39,6 +40,9 @@ def missing() -> str | None:
     return None
 
 
+_numbers = itertools.count()
+
+
 class Cluster:
     """Hosts n0, n1, ... at 10.77.0.1, ...; a context manager.
 
@@ -49,7 +53,7 @@ class Cluster:
 
     def __init__(self, folder: Path, hosts: int = 2, mbit: int = 1000) -> None:
         self.size, self.names = hosts, folder / "hosts"
-        self.prefix = f"ek{os.getpid()}"
+        self.prefix = f"ek{os.getpid()}c{next(_numbers)}"
         self.switch = f"{self.prefix}s"
         lines = ["127.0.0.1 localhost", *(f"{address(i)} n{i}" for i in range(hosts))]
         self.names.write_text("\n".join(lines) + "\n")
