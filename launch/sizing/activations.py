@@ -68,7 +68,9 @@ class FakeModel:
         self.config, self.dtype = config, dtype
         self.mode = FakeTensorMode()
         with self.mode:
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
         self.base: Any = self.model.base_model
         for name in ("layers", "norm", "rotary_emb"):
             if not hasattr(self.base, name):

@@ -1,6 +1,6 @@
 """Every fault on emulated hosts, one after the other, as a table: `python -m tests.faults`.
 
-Names of scenarios as arguments: only these. Needs root on Linux.
+Names of faults as arguments: only these. Needs root on Linux.
 """
 
 from __future__ import annotations
@@ -8,38 +8,32 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
-from tests.faults.cluster import missing
+from tests.faults.cluster import Cluster, missing
 from tests.faults.scenarios import ALL, Outcome, Suite
 
 
 def main() -> int:
     """Returns the exit code."""
-    reason = missing()
+    names = sys.argv[1:] or list(ALL)
+    unknown = sorted({*names} - {*ALL})
+    reason = f"unknown: {', '.join(unknown)}; there are {', '.join(ALL)}" if unknown else missing()
     if reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     failed = 0
     print("| fault | what is said | said after | next step after | steps taken again |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder, Suite(Path(folder)) as suite:
-        for scenario in ALL:
-            if sys.argv[1:] and name_of(scenario) not in sys.argv[1:]:
-                continue
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), 3) as cluster:
+        suite = Suite(Path(folder), cluster)
+        for name in names:
             try:
-                print(line(scenario(suite)), flush=True)
+                print(line(ALL[name](suite)), flush=True)
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 failed += 1
-                print(f"{name_of(scenario)} FAILED: {error}", flush=True)
+                print(f"{name} FAILED: {error}", flush=True)
     return int(failed > 0)
-
-
-def name_of(scenario: object) -> str:
-    if isinstance(scenario, partial):
-        return str(next(iter(scenario.keywords.values())))
-    return getattr(scenario, "__name__", "")
 
 
 def line(outcome: Outcome) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.cluster import missing
+from tests.faults.cluster import Cluster, missing
 from tests.faults.job import HostJob, losses_of
 from tests.faults.scenarios import Suite
 
@@ -153,7 +153,8 @@ def main() -> int:
     if reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder, Suite(Path(folder), options.steps) as suite:
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), 3) as cluster:
+        suite = Suite(Path(folder), cluster, options.steps)
         expected = undisturbed(suite)
         found = losses_of(disturbed(suite, random.Random(options.seed)).records())
     assert list(expected) == list(range(1, options.steps + 1))

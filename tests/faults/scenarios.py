@@ -11,12 +11,10 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 
 from tests.faults.cluster import Cluster
 from tests.faults.job import TIMEOUT_S, HostJob, losses_of
@@ -51,26 +49,17 @@ class Outcome:
 
 @dataclass
 class Suite:
-    """Hosts n0 and n1 that train, n2 that keeps the rendezvous; folders of all jobs."""
+    """Jobs on hosts n0 and n1 that train, and n2 that keeps the rendezvous.
+
+    Attributes:
+        folder: of the folders of all jobs. cluster: three hosts. steps: of a job.
+    """
 
     folder: Path
+    cluster: Cluster
     steps: int = STEPS
-    cluster: Cluster = field(init=False)
     _undisturbed: dict[tuple[str, ...], dict[int, set[float]]] = field(default_factory=dict)
     _jobs: int = 0
-    _stack: ExitStack = field(default_factory=ExitStack)
-
-    def __enter__(self) -> Suite:
-        self.cluster = self._stack.enter_context(Cluster(self.folder, 3))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def job(self, *overrides: str, options: tuple[str, ...] = ()) -> HostJob:
         """A job on hosts where nothing else runs."""
@@ -97,6 +86,12 @@ class Suite:
         """The job ends well, and no loss is another than without the fault."""
         job.finish()
         assert losses_of(job.records()) == self.undisturbed(*overrides)
+
+
+def reported(job: HostJob, since: float, who: str = "") -> float:
+    """Seconds from a time until n0 says who is gone."""
+    job.wait_until(lambda: f"{who}{GONE}" in job.output(0), "reported on the other host")
+    return time.monotonic() - since
 
 
 def recovery(job: HostJob, since: float, taken: int) -> tuple[float, int]:
@@ -127,11 +122,10 @@ def struck(suite: Suite, where: str, overrides: tuple[str, ...] = ()) -> Outcome
     job.wait_until(job.sign.exists, "struck")
     since = job.struck_at()
     taken = len(job.records())
-    seen = f"rank 3 on n1 {GONE}"
-    job.wait_until(lambda: seen in job.output(0), "reported on the other host")
-    detected = time.monotonic() - since
+    detected = reported(job, since, "rank 3 on n1 ")
     recovered, lost = recovery(job, since, taken)
     suite.check(job, *overrides)
+    seen = f"rank 3 on n1 {GONE}"
     return Outcome(f"a rank killed in the {where}", seen, detected, recovered, lost)
 
 
@@ -157,8 +151,7 @@ def launcher_killed(suite: Suite) -> Outcome:
     os.kill(agent, signal.SIGKILL)
     since, taken = time.monotonic(), len(job.records())
     job.wait_until(lambda: not job.cluster.pids(1), "ended with its torchrun", 5)
-    job.wait_until(lambda: GONE in job.output(0), "reported on the other host")
-    detected = time.monotonic() - since
+    detected = reported(job, since)
     job.start(1)
     recovered, lost = recovery(job, since, taken)
     suite.check(job)
@@ -172,8 +165,7 @@ def host_lost(suite: Suite) -> Outcome:
     job.wait_for_step(7)
     job.cluster.lose(1)
     since, taken = time.monotonic(), len(job.records())
-    job.wait_until(lambda: GONE in job.output(0), "reported on the other host")
-    detected = time.monotonic() - since
+    detected = reported(job, since)
     assert TIMEOUT_S - 1 < detected < 2 * TIMEOUT_S
     job.cluster.heal(1)
     job.start(1)
@@ -207,8 +199,7 @@ def link_cut_for_good(suite: Suite) -> Outcome:
     job.wait_for_step(7)
     job.cluster.cut(1)
     since, taken = time.monotonic(), len(job.records())
-    job.wait_until(lambda: GONE in job.output(0), "reported on n0")
-    detected = time.monotonic() - since
+    detected = reported(job, since)
     job.wait_until(lambda: f"rank 0 on n0 {GONE}" in job.output(1), "reported on n1")
     job.cluster.heal(1)
     healed = time.monotonic()
@@ -272,8 +263,7 @@ def shrinks_and_grows(suite: Suite) -> Outcome:
     job.wait_for_step(25)
     job.cluster.lose(1)
     since, taken = time.monotonic(), len(job.records())
-    job.wait_until(lambda: GONE in job.output(0), "reported on the other host")
-    detected = time.monotonic() - since
+    detected = reported(job, since)
     recovered, lost = recovery(job, since, taken)
     job.wait_until(lambda: ranks_of(job)[-5:] == [2] * 5, "alone")
     job.cluster.heal(1)
@@ -313,16 +303,19 @@ def clocks_apart(suite: Suite) -> Outcome:
     return Outcome("clocks an hour apart", "nothing")
 
 
-ALL: tuple[Callable[[Suite], Outcome], ...] = (
-    *(partial(struck, where=where) for where in ("forward", "backward", "optimizer", "checkpoint")),
-    partial(struck, where="relocation", overrides=RELOCATION),
-    out_of_memory,
-    launcher_killed,
-    host_lost,
-    partial(link_cut, seconds=5),
-    link_cut_for_good,
-    slow_host,
-    stopped,
-    shrinks_and_grows,
-    clocks_apart,
-)
+ALL: dict[str, Callable[[Suite], Outcome]] = {
+    "forward": partial(struck, where="forward"),
+    "backward": partial(struck, where="backward"),
+    "optimizer": partial(struck, where="optimizer"),
+    "checkpoint": partial(struck, where="checkpoint"),
+    "relocation": partial(struck, where="relocation", overrides=RELOCATION),
+    "memory": out_of_memory,
+    "torchrun": launcher_killed,
+    "host": host_lost,
+    "short_cut": partial(link_cut, seconds=5),
+    "cut": link_cut_for_good,
+    "slow": slow_host,
+    "sigterm": stopped,
+    "shrink": shrinks_and_grows,
+    "clocks": clocks_apart,
+}
