@@ -76,18 +76,18 @@ def test_ranks_without_rows_are_left_out() -> None:
 
 
 def with_slow_products(slow_rank: int) -> tuple[list[str], float]:
-    """Steps of a real engine, where products take a rank longer, and waiting takes the others."""
+    """Steps of a real engine, where products take a rank longer, and waiting takes the others.
+
+    A row takes the others long enough that it does not matter who shares a core with whom.
+    """
     engine = make_engine(2)
     add: Any = grouped._Products.add
 
-    def slowly(self: Any, rows: slice, stack: Tensor, rows_S: list[int]) -> Tensor:
-        start = time.perf_counter()
-        out = add(self, rows, stack, rows_S)
-        time.sleep(4 * (time.perf_counter() - start) + 1e-3)
-        return out
+    def paced(self: Any, rows: slice, stack: Tensor, rows_S: list[int]) -> Tensor:
+        time.sleep(sum(rows_S) * (8e-4 if engine.mesh.rank == slow_rank else 2e-4))
+        return add(self, rows, stack, rows_S)
 
-    if engine.mesh.rank == slow_rank:
-        pytest.MonkeyPatch().setattr(grouped._Products, "add", slowly)
+    pytest.MonkeyPatch().setattr(grouped._Products, "add", paced)
     watch = SlowRanks([socket.gethostname()] * 4, engine.mesh)
     lines: list[str] = []
     for number in range(2 * WINDOW):
