@@ -18,7 +18,7 @@ from configs.rules import out_of_bounds
 from configs.schema import ClusterConfig, ModelConfig, Precision
 
 SIZING_GROUPS = ("model", "cluster", "planner")
-ENGINES = ("torch", "torch_keep", "zero1", "zero2", "zero3")
+ENGINES = ("torch", "torch_keep", "torch_split", "zero1", "zero2", "zero3")
 
 
 class Recomputed(Enum):
@@ -62,7 +62,8 @@ class SizingConfig:
     mesh: SizingMesh = field(default_factory=SizingMesh)
     train: SizingTrain = field(default_factory=SizingTrain)
     engines: list[str] = field(default_factory=lambda: list(ENGINES))
-    """Engines to try: torch, torch_keep (reshard_after_forward=false), zero1, zero2, zero3.
+    """Engines to try: torch, torch_keep (reshard_after_forward=false), torch_split
+    (shard_gradients=true, where a step has several micro-batches), zero1, zero2, zero3.
     Without zero1 for bf16, which DeepSpeed does not run."""
     compute_share: float = 0.4
     """Share of cluster.flops that matrix products reach: an assumption, not a measurement."""

@@ -255,6 +255,8 @@ class TorchEngine(EngineBase):
         shard_within_node: hybrid sharding: split parameters over the ranks of a node, and keep a
             copy on every node; see `trainer.sharding.Sharding`.
         cpu_offload: keep parameters, gradients and optimizer state in CPU memory and update there.
+        shard_gradients: sum and split gradients after every micro-batch, instead of keeping whole
+            ones in fp32 until the last: less memory, more traffic.
         tune_chunks: choose the layers' numbers of chunks in the first steps.
 
     Raises:
@@ -278,10 +280,11 @@ class TorchEngine(EngineBase):
         reshard_after_forward: bool = True,
         shard_within_node: bool = False,
         cpu_offload: bool = False,
+        shard_gradients: bool = False,
         tune_chunks: bool = False,
     ) -> None:
         super().__init__(model, mesh, balancers=balancers, bf16=bf16, recompute=recompute)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.shard_gradients = max_grad_norm, shard_gradients
         if compile:
             for layer in decoder_layers(self.model):
                 layer.compile()
@@ -316,7 +319,8 @@ class TorchEngine(EngineBase):
         with optimizer_step() as step, self.tuner.try_step() if self.tuner else nullcontext():
             for index, batch in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
-                self.model.set_requires_gradient_sync(is_last)
+                self.model.set_requires_gradient_sync(is_last or self.shard_gradients)
+                self.model.set_requires_all_reduce(is_last)  # over the nodes of hybrid sharding
                 loss = self._loss(self.model, batch)
                 if is_last:
                     step.start_last_micro_batch()

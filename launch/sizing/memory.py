@@ -20,6 +20,7 @@ class Engine(Enum):
 
     torch = "torch"
     torch_keep = "torch_keep"
+    torch_split = "torch_split"
     zero1 = "zero1"
     zero2 = "zero2"
     zero3 = "zero3"
@@ -31,6 +32,8 @@ class Engine(Enum):
             return "engine=torch"
         if self is Engine.torch_keep:
             return "engine=torch engine.reshard_after_forward=false"
+        if self is Engine.torch_split:
+            return "engine=torch engine.shard_gradients=true"
         return f"engine=deepspeed engine.zero_stage={self.name[-1]}"
 
 
@@ -108,14 +111,14 @@ def memory(
     Args:
         value: bytes of a working weight: 2 for bf16, 4 for fp32.
         micro_batches: of an optimizer step. From two on the torch engine sums whole gradients in
-            fp32 and shards them only after the last.
+            fp32 and shards them only after the last, unless `engine.shard_gradients` is set.
         borrowed: experts that the busiest rank borrows in a layer. refetch: their weights are
             dropped between forward and backward.
         bucket: elements that travel together under DeepSpeed.
     """
     states, gathered = (
         _torch(model, mesh, engine, value, micro_batches)
-        if engine in (Engine.torch, Engine.torch_keep)
+        if engine in (Engine.torch, Engine.torch_keep, Engine.torch_split)
         else _deepspeed(model, mesh, engine, value, bucket)
     )
     layers_kept = 1 if refetch or not borrowed else model.num_moe
@@ -138,7 +141,8 @@ def _torch(
     own = sum(sum(unit.sharded(mesh)) + unit.frozen for unit in model.units)
     frozen = sum(unit.frozen for unit in model.units)
     wholes = [sum(unit.whole(mesh)) for unit in model.units]
-    gradients = SUMMED * (own - frozen if micro_batches == 1 else sum(wholes))
+    splits = micro_batches == 1 or engine is Engine.torch_split
+    gradients = SUMMED * (own - frozen if splits else sum(wholes))
     layer, rest = max(wholes[:-1]), wholes[-1]
     copies = sum(wholes) if engine is Engine.torch_keep else rest + 2 * layer
     gathered = value * (copies + rest) + (value + SUMMED) * layer

@@ -128,7 +128,9 @@ class Sizing:
             mesh = Mesh(given.num_ranks, ep, given.ranks_per_node)
             for engine in given.engines:
                 for recompute in given.recompute:
-                    yield self.largest(engine, mesh, recompute)
+                    choice = self.largest(engine, mesh, recompute)
+                    if engine is not Engine.torch_split or choice.micro_batches > 1:
+                        yield choice  # with one micro-batch it is torch
 
     def largest(self, engine: Engine, mesh: Mesh, recompute: bool) -> Choice:
         """The choice with the largest micro-batch that fits."""

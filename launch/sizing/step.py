@@ -201,12 +201,14 @@ def _shards(
     """Gathers of weights and sums of gradients, over all ranks for dense and EDP for experts.
 
     Times that each happens in a step: FSDP2 gathers twice in every micro-batch, or once if the
-    weights are kept until the backward pass, and sums gradients once; ZeRO 1 and 2 gather the new
-    weights once, and ZeRO 2 sums in every micro-batch; ZeRO 3 gathers twice and sums in each.
+    weights are kept until the backward pass, and sums gradients once, or in every micro-batch if
+    they are split there; ZeRO 1 and 2 gather the new weights once, and ZeRO 2 sums in every
+    micro-batch; ZeRO 3 gathers twice and sums in each.
     """
     gathers, sums = {
         Engine.torch: (2 * micro_batches, 1),
         Engine.torch_keep: (micro_batches, 1),
+        Engine.torch_split: (2 * micro_batches, micro_batches),
         Engine.zero1: (1, 1),
         Engine.zero2: (1, micro_batches),
         Engine.zero3: (2 * micro_batches, micro_batches),

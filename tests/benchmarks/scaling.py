@@ -71,8 +71,8 @@ def fits_row(model: str, choices: dict[int, list[Choice]]) -> str:
         if fitting:
             cells.append(str(min(fitting)))
         else:
-            last = [c for c in choices[GPUS[-1]] if c.engine is engine]
-            least = min(last, key=lambda c: c.memory.total)
+            tried = [c for of in choices.values() for c in of if c.engine is engine]
+            least = min(tried, key=lambda c: c.memory.total)
             cells.append(f"none ({least.memory.total / GIB:.0f} GiB: {least.memory.largest})")
     return f"| {model} | {' | '.join(cells)} |"
 

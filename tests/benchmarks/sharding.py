@@ -62,7 +62,9 @@ class CollectiveBytes(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def traffic(ep: int, within_node: bool) -> tuple[dict[str, int], int]:
+def traffic(
+    ep: int, within_node: bool, micro_batches: int = 1, shard_gradients: bool = False
+) -> tuple[dict[str, int], int]:
     """Bytes that a step's collectives work on, and bytes of the parameters of this rank."""
     mesh = ParallelMesh.build(ep=ep, ranks_per_node=PER_NODE, device_type="cpu")
     model: Any = full_model("qwen3_moe").float()
@@ -74,11 +76,13 @@ def traffic(ep: int, within_node: bool) -> tuple[dict[str, int], int]:
         make_schedule=constant,
         balancers=[],
         shard_within_node=within_node,
+        shard_gradients=shard_gradients,
     )
     batch = sequences(0, model.config.vocab_size)
     mine = slice(mesh.rank, None, WORLD)
+    micro_batch = {key: value[mine] for key, value in batch.items()}
     with CollectiveBytes(PER_NODE) as counted:
-        engine.train_step([{key: value[mine] for key, value in batch.items()}])
+        engine.train_step([micro_batch] * micro_batches)
     return dict(counted.found), local_bytes(model)
 
 

@@ -51,8 +51,8 @@ def batch(vocabulary: int) -> dict[str, Tensor]:
     return {name: tensor[:2] for name, tensor in sequences(0, vocabulary).items()}
 
 
-def torch_bytes(family: str, ep: int, bf16: bool) -> dict[str, int]:
-    """Parameters, gradients, moments, and whole gradients between two micro-batches."""
+def torch_bytes(family: str, ep: int, bf16: bool, shard_gradients: bool = False) -> dict[str, int]:
+    """Parameters, gradients, moments, and the gradients that wait for a second micro-batch."""
     model, mesh = parallel_model(family, ep)
     engine = TorchEngine(
         model,
@@ -61,29 +61,45 @@ def torch_bytes(family: str, ep: int, bf16: bool) -> dict[str, int]:
         make_schedule=constant,
         balancers=[],
         bf16=bf16,
+        shard_gradients=shard_gradients,
     )
     inputs = batch(model.config.vocab_size)
-    model.set_requires_gradient_sync(False)
-    engine._loss(model, inputs).backward()
-    groups = [
-        m._get_fsdp_state()._fsdp_param_group for m in model.modules() if hasattr(m, "unshard")
-    ]
-    whole: list[Tensor] = []
-    for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-        kept = (parameter.unsharded_accumulated_grad, parameter._unsharded_param.grad)
-        whole += [gradient for gradient in kept if gradient is not None]
-    waiting = num_bytes(whole)
-    model.set_requires_gradient_sync(True)
-    engine._loss(model, inputs).backward()
-    gradients = num_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    waiting: list[int] = []
+    loss = engine._loss
+
+    def watched(*args: Any) -> Tensor:
+        waiting.append(num_bytes([*whole_gradients(model), *split_gradients(model)]))
+        return loss(*args)
+
+    pytest.MonkeyPatch().setattr(engine, "_loss", watched)
+    engine._backward([inputs, inputs], 1)
+    assert whole_gradients(model) == []
+    gradients = num_bytes(split_gradients(model))
     engine.optimizer.step()
     states = engine.optimizer.state.values()
     return {
         "parameters": num_bytes(model.parameters()),
         "gradients": gradients,
         "optimizer": num_bytes(t for s in states for name, t in s.items() if name != "step"),
-        "waiting": waiting,
+        "waiting": waiting[1],
     }
+
+
+def whole_gradients(model: Any) -> list[Tensor]:
+    """That FSDP2 has not split yet."""
+    groups = [
+        m._get_fsdp_state()._fsdp_param_group for m in model.modules() if hasattr(m, "unshard")
+    ]
+    whole: list[Tensor] = []
+    for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+        unsharded = getattr(parameter, "_unsharded_param", None)  # none before the first pass
+        kept = (parameter.unsharded_accumulated_grad, getattr(unsharded, "grad", None))
+        whole += [gradient for gradient in kept if gradient is not None]
+    return whole
+
+
+def split_gradients(model: Any) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 def deepspeed_bytes(family: str, ep: int, bf16: bool, stage: int) -> dict[str, int]:
@@ -137,16 +153,18 @@ def planned(family: str, mesh: Mesh, engine: Engine, bf16: bool, micro_batches: 
 
 def torch_bytes_of_families(ep: int) -> dict[str, dict[str, int]]:
     found = {family: torch_bytes(family, ep, True) for family in FAMILIES}
-    return {**found, "fp32": torch_bytes("qwen3_moe", ep, False)}
+    split = torch_bytes("qwen3_moe", ep, True, shard_gradients=True)
+    return {**found, "fp32": torch_bytes("qwen3_moe", ep, False), "split": split}
 
 
 @pytest.mark.parametrize(("ranks", "ep"), MESHES)
 def test_states_of_the_torch_engine(ranks: int, ep: int) -> None:
     """Bytes of rank 0 equal the plan's: also whole gradients between micro-batches."""
     for name, found in run_ranks(torch_bytes_of_families, ranks, ep)[0].items():
-        family, bf16 = ("qwen3_moe", False) if name == "fp32" else (name, True)
+        family = name if name in FAMILIES else "qwen3_moe"
+        engine = Engine.torch_split if name == "split" else Engine.torch
         mesh = Mesh(ranks, ep, ranks)
-        one, two = (planned(family, mesh, Engine.torch, bf16, number) for number in (1, 2))
+        one, two = (planned(family, mesh, engine, name != "fp32", number) for number in (1, 2))
         assert found == {
             "parameters": one.parameters,
             "gradients": one.gradients,

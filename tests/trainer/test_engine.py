@@ -36,14 +36,14 @@ BALANCERS: dict[str, Any] = {
 }
 
 
-def sequences(step: int, vocab_size: int) -> dict[str, Tensor]:
+def sequences(step: int, vocab_size: int, number: int = SEQUENCES) -> dict[str, Tensor]:
     """A global batch with uneven numbers of ignored labels."""
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
+    ids = torch.randint(0, vocab_size, (number, LENGTH + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    for sequence in range(SEQUENCES):
+    for sequence in range(number):
         labels[sequence, : sequence % 5] = -100
-    positions = torch.arange(LENGTH).expand(SEQUENCES, LENGTH).clone()
+    positions = torch.arange(LENGTH).expand(number, LENGTH).clone()
     return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
 
 
@@ -75,9 +75,10 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
         **case.get("engine", {}),
     )
     metrics, counts = [], []
+    number = case.get("sequences", SEQUENCES)
     for step in range(case.get("steps", STEPS)):
-        batch = sequences(step, model.config.vocab_size)
-        mine = torch.arange(mesh.rank, SEQUENCES, mesh.world_size)
+        batch = sequences(step, model.config.vocab_size, number)
+        mine = torch.arange(mesh.rank, number, mesh.world_size)
         parts = mine.chunk(case["accumulate"])
         stats = engine.train_step([{k: v[part] for k, v in batch.items()} for part in parts])
         metrics.append(stats.metrics)
@@ -111,8 +112,9 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
         router = getattr(block, "gate", None) or block.router
         router.register_forward_hook(lambda m, i, output: seen.append((output[0], output[2])))
     losses, norms, balance = [], [], []
+    num_sequences = case.get("sequences", SEQUENCES)
     for step in range(STEPS):
-        batch = sequences(step, model.config.vocab_size)
+        batch = sequences(step, model.config.vocab_size, num_sequences)
         tokens = int((batch["labels"] != -100).sum())
         total, extra = 0.0, 0.0
         counts: Any = 0
@@ -120,7 +122,7 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
         for number in range(accumulate):
             parts, losses_of, seen_of = [], [], []
             for rank in range(world):  # all ranks' micro-batches of one number
-                chunks = torch.arange(rank, SEQUENCES, world).chunk(accumulate)
+                chunks = torch.arange(rank, num_sequences, world).chunk(accumulate)
                 if number >= len(chunks):  # fewer sequences than that
                     continue
                 part = chunks[number]
@@ -145,7 +147,7 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
                 for layer, (router_logits, ids) in enumerate(routed):
                     term = balancing_term(case, router_logits, ids, counts[layer], len(part))
                     if term is not None:
-                        term = 0.3 * term * len(part) / SEQUENCES / len(blocks)
+                        term = 0.3 * term * len(part) / num_sequences / len(blocks)
                         extra += float(term.detach())
                         loss = loss + term
                 loss.backward(retain_graph=True)

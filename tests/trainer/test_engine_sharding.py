@@ -55,7 +55,7 @@ def test_hybrid_with_borrowed_experts(planner: RandomPlanner, family: str) -> No
     """Split by experts, and within each; copies of both nodes get what both nodes owe."""
     layers = {"refetch": not isinstance(planner, KeepingPlanner)}
     case = {"accumulate": 2, "planner": planner, "family": family, "layers": layers}
-    check({**BASE, **HYBRID, **EIGHT, **case})
+    check({**BASE, **HYBRID, **EIGHT, **case, "sequences": 16})
 
 
 def test_hybrid_with_loss_free_bias() -> None:
@@ -73,6 +73,14 @@ def test_hybrid_with_the_coupling_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(test_coupling, "TorchEngine", hybrid)
     test_coupling.check({**test_coupling.CASE, "world": WORLD, "ep": 1})
+
+
+@pytest.mark.parametrize("within_node", [False, True])
+def test_gradients_split_after_every_micro_batch(within_node: bool) -> None:
+    """With experts that stay borrowed, whose gradients come home with the last one."""
+    case = {**EIGHT, "sequences": 24} if within_node else {"world": 2, "ep": 2}
+    engine = {"shard_gradients": True, "shard_within_node": within_node}
+    check({**BASE, **case, "accumulate": 3, "planner": KeepingPlanner(6), "engine": engine})
 
 
 def test_offload_equals_one_process() -> None:
@@ -191,6 +199,15 @@ def test_gathers_stay_within_nodes() -> None:
     for found, own in run_ranks(traffic, WORLD, 1, False):
         assert found["gathered across nodes"] >= 2 * 4 * own
         assert found["scattered across nodes"] >= 4 * own
+
+
+def test_split_gradients_cross_nodes_once() -> None:
+    """Those of dense parameters; within the node they are summed after every micro-batch."""
+    (once, _), (split, _) = (
+        run_ranks(traffic, WORLD, 2, True, 3, shard_gradients)[0] for shard_gradients in (0, 1)
+    )
+    assert split["summed across nodes"] == once["summed across nodes"]
+    assert split["scattered within nodes"] == 3 * once["scattered within nodes"]
 
 
 @pytest.mark.parametrize(
