@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.trainer.checkpoint_runs import extra_of, merge
 from tests.trainer.deepspeed_runs import WORLD, make, saved, train_step
 from trainer.checkpoint import Checkpointer
-from trainer.engine import TorchEngine
+from trainer.engine import EngineBase, TorchEngine
 from trainer.engine_deepspeed import DeepSpeedEngine
 from trainer.optim import build_adamw, parameter_groups
 
@@ -77,7 +77,7 @@ def uninterrupted(family: str, steps: int) -> list[dict[str, Any]]:
     return [{"metrics": m, "saved": saved(engine)} for m in metrics]
 
 
-CHAINS = {  # kind, EP, ZeRO stage
+CHAINS: dict[str, list[tuple[type[EngineBase], int, int]]] = {  # kind, EP, ZeRO stage
     "gpt_oss": [  # experts have biases, which do not decay
         (TorchEngine, 4, 0),
         (DeepSpeedEngine, 2, 1),
