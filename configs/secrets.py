@@ -76,7 +76,7 @@ def refuse_secrets(overrides: Sequence[str]) -> None:
         if shown != override:
             key = override.partition("=")[0]
             raise ValueError(
-                f"{shown}: what looks like a secret would be seen in the command; put it into an "
+                f"{shown}: what looks like a secret would be seen in the command and in files; put it into an "
                 f"environment variable and write '{key}=${{oc.env:NAME}}'"
             )
 

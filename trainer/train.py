@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.compose import register, save_resolved, to_config
 from configs.errors import COMPOSE_ERRORS, explain
 from configs.schema import check
+from configs.secrets import refuse_secrets
 
 OUR_PACKAGES = {"trainer", "parallel", "placement", "configs", "__main__"}
 ASKS_FOR_TEXT = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
@@ -55,6 +56,7 @@ def main() -> list[Path]:
         folders.append(_job(composed))
 
     with _one_message(full_error):
+        _refuse_secrets_in_sweeps(sys.argv[1:])
         # inside the job too: Hydra prints a line of its own about an error that leaves a job
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()
     from trainer.ranks import finish_ranks
@@ -78,6 +80,15 @@ def _job(composed: DictConfig) -> Path:
 
     run(config)
     return Path(config.run.dir)
+
+
+def _refuse_secrets_in_sweeps(arguments: list[str]) -> None:
+    """Hydra writes the overrides of a sweep to multirun.yaml as they are given."""
+    if {"-m", "--multirun"} & set(arguments):
+        try:
+            refuse_secrets(arguments)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _check_sweep_folder(composed: DictConfig) -> None:

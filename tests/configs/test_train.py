@@ -44,6 +44,16 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
 
 
+def test_a_sweep_refuses_a_secret_before_it_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = (QUICK, "train.steps=1,2", "-m")
+    assert start(monkeypatch, *sweep, "+logger.mine.api_key=hush") == train.EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert "+logger.mine.api_key=***" in said and "${oc.env:NAME}" in said and "hush" not in said
+    assert files(folder) == []
+
+
 def test_the_package_is_ours() -> None:
     assert Path(str(trainer.__file__)).parent == ROOT / "trainer"
 
