@@ -76,8 +76,8 @@ def refuse_secrets(overrides: Sequence[str]) -> None:
         if shown != override:
             key = override.partition("=")[0]
             raise ValueError(
-                f"{shown}: what looks like a secret would be seen in the command and in files; put it into an "
-                f"environment variable and write '{key}=${{oc.env:NAME}}'"
+                f"{shown}: what looks like a secret would be seen in the command and files; put it "
+                f"into an environment variable and write '{key}=${{oc.env:NAME}}'"
             )
 
 

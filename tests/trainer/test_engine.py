@@ -184,8 +184,8 @@ def oracle_run(case: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "balance": balance, "state": state}
 
 
-def check(case: dict[str, Any]) -> None:
-    results, oracle = run_ranks(engine_run, case["world"], case), oracle_run(case)
+def check(case: dict[str, Any], run: Any = engine_run) -> None:
+    results, oracle = run_ranks(run, case["world"], case), oracle_run(case)
     rel, keys = case.get("rel", 1e-9), set()
     for result in results:
         for step in range(STEPS):

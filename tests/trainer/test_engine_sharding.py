@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
 from configs.compose import load as composed
@@ -81,6 +82,30 @@ def test_gradients_split_after_every_micro_batch(within_node: bool) -> None:
     case = {**EIGHT, "sequences": 24} if within_node else {"world": 2, "ep": 2}
     engine = {"shard_gradients": True, "shard_within_node": within_node}
     check({**BASE, **case, "accumulate": 3, "planner": KeepingPlanner(6), "engine": engine})
+
+
+def test_compiled_layers_equal_one_process() -> None:
+    """Under hybrid sharding, with borrowed experts."""
+    mesh = {"world": 4, "ranks_per_node": 2, "ep": 2}
+    case = {**BASE, **mesh, "accumulate": 2, "planner": RandomPlanner(5)}
+    check({**case, "engine": {"compile": True, "shard_within_node": True}}, compiled_run)
+
+
+def compiled_run(case: dict[str, Any]) -> dict[str, Any]:
+    """Traced and differentiated as for every backend, but run as it is: this needs no compiler."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile_module = nn.Module.compile
+    pytest.MonkeyPatch().setattr(
+        nn.Module, "compile", lambda module: compile_module(module, backend=backend)
+    )
+    found = engine_run(case)
+    assert graphs
+    return found
 
 
 def test_offload_equals_one_process() -> None:
