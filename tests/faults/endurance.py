@@ -120,7 +120,7 @@ def disturbed(suite: Suite, choose: random.Random) -> HostJob:
             time.sleep(0.5)
         if job.last_step() >= suite.steps:
             break
-        before = len(job.records())
+        before = len(job.lines())
         step = job.last_step()
         said = choose.choice(FAULTS)(job, choose)
         restart(job)

@@ -95,15 +95,18 @@ class HostJob:
         path = self.log(host)
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def records(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, in the order of writing: repeated steps come twice."""
+    def lines(self) -> list[str]:
+        """Of steps in metrics.jsonl, in the order of writing: repeated steps come twice."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [record for line in lines if "train/loss" in (record := json.loads(line))]
+        return [line for line in lines if '"train/loss"' in line]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines()]
 
     def last_step(self) -> int:
-        records = self.records()
-        return int(records[-1]["step"]) if records else 0
+        lines = self.lines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> float:
         """Seconds until the condition holds."""
@@ -119,7 +122,7 @@ class HostJob:
         return self.wait_until(lambda: self.last_step() >= step, f"at step {step}", seconds)
 
     def wait_for_more(self, records: int, seconds: float = 120) -> float:
-        return self.wait_until(lambda: len(self.records()) > records, "going on", seconds)
+        return self.wait_until(lambda: len(self.lines()) > records, "going on", seconds)
 
     def finish(self, seconds: float = 180) -> None:
         """Wait for a good end on all hosts."""

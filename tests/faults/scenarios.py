@@ -121,7 +121,7 @@ def struck(suite: Suite, where: str, overrides: tuple[str, ...] = ()) -> Outcome
     job.start_all(**job.fault(where, 3, step))
     job.wait_until(job.sign.exists, "struck")
     since = job.struck_at()
-    taken = len(job.records())
+    taken = len(job.lines())
     detected = reported(job, since, "rank 3 on n1 ")
     recovered, lost = recovery(job, since, taken)
     suite.check(job, *overrides)
@@ -134,7 +134,7 @@ def out_of_memory(suite: Suite) -> Outcome:
     job = suite.job()
     job.start_all(**job.fault("memory", 3, 8))
     job.wait_until(job.sign.exists, "struck")
-    since, taken = job.struck_at(), len(job.records())
+    since, taken = job.struck_at(), len(job.lines())
     job.wait_until(lambda: "Cannot allocate memory" in job.output(1), "told by the rank itself")
     detected = time.monotonic() - since
     recovered, lost = recovery(job, since, taken)
@@ -149,7 +149,7 @@ def launcher_killed(suite: Suite) -> Outcome:
     job.wait_for_step(7)
     agent = job.processes[1].pid
     os.kill(agent, signal.SIGKILL)
-    since, taken = time.monotonic(), len(job.records())
+    since, taken = time.monotonic(), len(job.lines())
     job.wait_until(lambda: not job.cluster.pids(1), "ended with its torchrun", 5)
     detected = reported(job, since)
     job.start(1)
@@ -164,7 +164,7 @@ def host_lost(suite: Suite) -> Outcome:
     job.start_all()
     job.wait_for_step(7)
     job.cluster.lose(1)
-    since, taken = time.monotonic(), len(job.records())
+    since, taken = time.monotonic(), len(job.lines())
     detected = reported(job, since)
     assert TIMEOUT_S - 1 < detected < 2 * TIMEOUT_S
     job.cluster.heal(1)
@@ -180,7 +180,7 @@ def link_cut(suite: Suite, seconds: float) -> Outcome:
     job.start_all()
     job.wait_for_step(7)
     job.cluster.cut(1)
-    taken = len(job.records())
+    taken = len(job.lines())
     time.sleep(seconds)
     job.cluster.heal(1)
     since = time.monotonic()
@@ -188,7 +188,7 @@ def link_cut(suite: Suite, seconds: float) -> Outcome:
     recovered = time.monotonic() - since
     suite.check(job)
     assert "gone" not in job.output(0) + job.output(1)
-    assert len(job.records()) == STEPS
+    assert len(job.lines()) == STEPS
     return Outcome(f"a link cut for {seconds:g} s", "nothing", None, recovered)
 
 
@@ -198,7 +198,7 @@ def link_cut_for_good(suite: Suite) -> Outcome:
     job.start_all()
     job.wait_for_step(7)
     job.cluster.cut(1)
-    since, taken = time.monotonic(), len(job.records())
+    since, taken = time.monotonic(), len(job.lines())
     detected = reported(job, since)
     job.wait_until(lambda: f"rank 0 on n0 {GONE}" in job.output(1), "reported on n1")
     job.cluster.heal(1)
@@ -243,7 +243,7 @@ def stopped(suite: Suite) -> Outcome:
     since = time.monotonic()
     for process in job.processes.values():
         process.wait(60)
-    saved, taken = time.monotonic() - since, len(job.records())
+    saved, taken = time.monotonic() - since, len(job.lines())
     suite.cluster.clear()
     job.keep_rendezvous()
     job.start_all()
@@ -251,7 +251,7 @@ def stopped(suite: Suite) -> Outcome:
     job.wait_for_more(taken)
     recovered = time.monotonic() - since
     suite.check(job)
-    assert len(job.records()) == STEPS  # none was taken twice
+    assert len(job.lines()) == STEPS  # none was taken twice
     return Outcome("SIGTERM to all hosts", "saved, ended", saved, recovered)
 
 
@@ -262,7 +262,7 @@ def shrinks_and_grows(suite: Suite) -> Outcome:
     job.start_all()
     job.wait_for_step(25)
     job.cluster.lose(1)
-    since, taken = time.monotonic(), len(job.records())
+    since, taken = time.monotonic(), len(job.lines())
     detected = reported(job, since)
     recovered, lost = recovery(job, since, taken)
     job.wait_until(lambda: ranks_of(job)[-5:] == [2] * 5, "alone")
