@@ -62,6 +62,8 @@ from trainer.upcycle.plan import made
 
 PROMPT_TOKENS = 32
 GRADIENT_BYTES = 4  # of a borrowed parameter on its way home
+# What errors of gloo say, which have no type of their own.
+BROKEN_GROUP = ("gloo", "pair closure", "connection closed by peer", "socket closed")
 
 
 def run(config: Config) -> None:
@@ -377,7 +379,8 @@ def _export(config: Config, trainer: Trainer, data: Data, checkpoint: Path | Non
 
 def _explain_broken_group(error: RuntimeError, roll_call: RollCall) -> None:
     """Say on this rank which ranks are gone, if that is why a collective failed."""
-    if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+    said = str(error).lower()
+    if not isinstance(error, dist.DistError) and not any(text in said for text in BROKEN_GROUP):
         return
     # Torchrun ends these ranks as soon as it knows: not before they have said why.
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import trainer.ranks
 from tests.ranks import run_ranks
 from trainer.ranks import RollCall
+from trainer.run import _explain_broken_group
 
 
 def dying_group(folder: str) -> None:
@@ -93,6 +96,22 @@ def whole_group() -> list[str]:
 
 def test_nobody_is_missing_from_a_whole_group() -> None:
     assert run_ranks(whole_group, 3) == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (dist.DistNetworkError("connection reset"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_ranks_are_called_if_the_group_broke(error: RuntimeError, asked: bool) -> None:
+    calls: list[int] = []
+    roll_call: Any = SimpleNamespace(missing=lambda: calls.append(1))
+    _explain_broken_group(error, roll_call)
+    assert bool(calls) is asked
 
 
 def torchrun(function: str, ranks: int) -> str:
