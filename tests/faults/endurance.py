@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tests.faults.cluster import Cluster, missing
@@ -123,8 +124,9 @@ def disturbed(suite: Suite, choose: random.Random) -> HostJob:
         step = job.last_step()
         said = choose.choice(FAULTS)(job, choose)
         restart(job)
-        waited = job.wait_for_more(before, PATIENCE_S)
-        again = step + 1 - job.records()[before]["step"]
+        waited = job.wait_for_more(before + 1, PATIENCE_S)  # one may have been on its way
+        steps = [record["step"] for record in job.records()[before - 1 :]]
+        again = sum(max(0, last + 1 - number) for last, number in pairwise(steps))
         print(f"step {step}: {said}; on after {waited:.0f} s, {again} steps again", flush=True)
         uses.append(Use.of([process.pid for process in job.processes.values()]))
     assert uses, "the run was over before the first fault; raise --steps"
