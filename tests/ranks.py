@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def run_ranks(
         ]
         for process in ranks:
             process.start()
-        _wait(ranks, timeout_s)
+        _wait(ranks, Path(folder), timeout_s)
         results, failures = [], []
         for rank, process in enumerate(ranks):
             path = Path(folder) / f"result{rank}"
@@ -54,14 +55,21 @@ def run_ranks(
         return results
 
 
-def _wait(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    for rank in ranks:
-        rank.join(max(0.0, end - time.monotonic()))
-    for rank in ranks:
-        if rank.is_alive():
-            rank.kill()
-            rank.join()
+def _wait(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> None:
+    """Mark those that end, so that nobody waits for what they leave; kill those that hang."""
+    alive, end = dict(enumerate(ranks)), time.monotonic() + timeout_s
+    while alive and time.monotonic() < end:
+        wait([process.sentinel for process in alive.values()], end - time.monotonic())
+        for rank in [rank for rank, process in alive.items() if not process.is_alive()]:
+            (folder / f"ended{rank}").touch()
+            del alive[rank]
+    for process in alive.values():
+        process.kill()
+        process.join()
+
+
+def _is_done(folder: str, rank: int) -> bool:
+    return any(os.path.exists(f"{folder}/{name}{rank}") for name in ("result", "ended"))
 
 
 def _rank(
@@ -89,10 +97,9 @@ def _rank(
     torch.save(result, f"{folder}/partial{rank}")
     os.replace(f"{folder}/partial{rank}", f"{folder}/result{rank}")
     end = time.monotonic() + LINGER_S
-    while (
-        result[0] and time.monotonic() < end
-    ):  # leaving early would break peers that still connect
-        if all(os.path.exists(f"{folder}/result{other}") for other in range(world_size)):
+    # leaving early would break peers that still connect
+    while result[0] and time.monotonic() < end:
+        if all(_is_done(folder, other) for other in range(world_size)):
             break
         time.sleep(0.005)
     os._exit(0)  # skips the teardown of gloo's threads
