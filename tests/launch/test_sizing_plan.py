@@ -120,12 +120,21 @@ def test_memory_grows_where_it_must() -> None:
     assert torch_2.gradients > torch_1.gradients  # whole ones between micro-batches
     assert torch_2.activations < torch_1.activations
     assert keep.gathered > torch_1.gathered
+    assert sizing.choice(Engine.torch_split, mesh, False, 2).memory.gradients == torch_1.gradients
     assert sizing.choice(Engine.torch, mesh, True, 4).memory.activations < torch_1.activations
     level = tiny("skew=1.0", "planner=quota").choice(Engine.torch, mesh, False, 4)
     assert level.layer.borrowed > 0 and level.memory.borrowed > 0
     assert level.memory.activations < torch_1.activations  # the busiest rank has fewer rows
     refetched = tiny("skew=1.0", "planner=quota", "train.refetch_borrowed=true")
     assert refetched.choice(Engine.torch, mesh, False, 4).memory.borrowed < level.memory.borrowed
+
+
+def test_gradients_are_split_where_there_are_several_micro_batches() -> None:
+    """With one it would be a second line about the same."""
+    found = [c for c in tiny("planner=home").choices() if c.engine is Engine.torch_split]
+    assert all(choice.micro_batches > 1 for choice in found)
+    small = tiny("planner=home", "cluster.memory_gib=0.001")
+    assert any(choice.engine is Engine.torch_split for choice in small.choices())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
