@@ -40,6 +40,7 @@ from tests.ranks import run_ranks
 
 SEQ_LEN, TOP_K, REPEATS = 4096, 8, 30
 SIZES = [(64, 128), (64, 256), (256, 256), (256, 512)]  # ranks, experts
+SEQUENCES = (1, 4)  # of a rank and micro-batch
 MODELS = ["qwen3_30b_a3b", "gpt_oss_120b", "deepseek_v3"]  # whose experts divide by 64
 PLANNERS: dict[str, Callable[[], Any]] = {
     "home": lambda: home_plan,
@@ -94,20 +95,21 @@ def _of_a_layer(planner: Any, counts_RE: torch.Tensor) -> Any:
 
 
 def layer_costs() -> list[dict[str, Any]]:
-    """Seconds of a layer at EP 64 on 64 GPUs with one sequence, and the planner's share of it."""
+    """Seconds of a layer at EP 64 on 64 GPUs, and the planner's share of it."""
     found = []
-    for name in MODELS:
-        config = load_sizing(f"model={name}", "train.batch_size=64", "cluster=h100_8x8")
+    for name, sequences in ((name, number) for name in MODELS for number in SEQUENCES):
+        batch = f"train.batch_size={64 * sequences}"
+        config = load_sizing(f"model={name}", batch, "cluster=h100_8x8")
         check_sizing(config)
         sizing: Sizing = sizing_of(config)
-        layer = sizing.layer(Mesh(64, 64, 8), 1)
+        layer = sizing.layer(Mesh(64, 64, 8), sequences)
         seconds = step(
             sizing.model,
             Mesh(64, 64, 8),
             Engine.torch,
             layer,
             config.cluster,
-            tokens=SEQ_LEN,
+            tokens=SEQ_LEN * sequences,
             micro_batches=1,
             value=2,
             recompute=False,
@@ -122,6 +124,7 @@ def layer_costs() -> list[dict[str, Any]]:
             {
                 "model": name,
                 "experts": sizing.model.num_experts,
+                "sequences": sequences,
                 "plan_ms": layer.plan_s * 1e3,
                 "layer_ms": [fastest * 1e3, slowest * 1e3],
                 "share": [layer.plan_s / slowest, layer.plan_s / fastest],
@@ -202,13 +205,14 @@ def show(found: dict[str, Any]) -> None:
     for one in found["planners"]:
         cells = [f"{one['ms'][name]:.2f}" for name in PLANNERS]
         print(f"| {one['ranks']}, {one['experts']}, {one['skew']} | " + " | ".join(cells) + " |")
-    print("\n| EP 64 | plan, ms | layer, ms: all overlaps / nothing | share of it |")
-    print("|---|---|---|---|")
+    print("\n| EP 64 | sequences | plan, ms | layer, ms: all overlaps / nothing | share of it |")
+    print("|---|---|---|---|---|")
     for one in found["layers"]:
         fastest, slowest = one["layer_ms"]
         least, most = one["share"]
         print(
-            f"| {one['model']}, {one['experts']} experts | {one['plan_ms']:.2f} | "
+            f"| {one['model']}, {one['experts']} experts | {one['sequences']} | "
+            f"{one['plan_ms']:.2f} | "
             f"{fastest:.1f} / {slowest:.1f} | {most:.2%} / {least:.2%} |"
         )
     print("\n| statistics: experts | ms per layer |")
