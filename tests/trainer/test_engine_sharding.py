@@ -229,7 +229,8 @@ def test_gathers_stay_within_nodes() -> None:
 def test_split_gradients_cross_nodes_once() -> None:
     """Those of dense parameters; within the node they are summed after every micro-batch."""
     (once, _), (split, _) = (
-        run_ranks(traffic, WORLD, 2, True, 3, shard_gradients)[0] for shard_gradients in (0, 1)
+        run_ranks(traffic, WORLD, 2, True, 3, shard_gradients)[0]
+        for shard_gradients in (False, True)
     )
     assert split["summed across nodes"] == once["summed across nodes"]
     assert split["scattered within nodes"] == 3 * once["scattered within nodes"]
